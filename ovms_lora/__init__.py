@@ -1,0 +1,3 @@
+"""ovms-lora: serve LLMs with many LoRA adapters on OpenVINO."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Adapter files: from bytes that nobody vouches for to a checked adapter in host memory."""

@@ -1,0 +1,135 @@
+"""The one error tree: everything that a client, a file or an operator can cause.
+
+OvmsLoraError                    a one-line cause, and perhaps a hint what to do
+├── UsageError                   the command line is wrong (exit code 2)
+├── ConfigError                  config.json is not usable
+├── ModelFolderError             a folder is not a model that can be served
+├── ExportError                  an export cannot be done, or failed
+├── AdapterError                 an adapter is bad in itself; `code` says how (contract section 5)
+├── EngineError                  the engine cannot go on: a step failed, or it has stopped
+└── RequestError                 one request cannot be served
+    ├── MalformedBodyError       the body is not a JSON object with a model name
+    ├── InvalidFieldError        one field is missing, of a wrong type, out of range or unsupported
+    ├── ModelNotFoundError       no model, adapter or composite has that name
+    ├── AdapterUnavailableError  the adapter that the request names cannot be loaded
+    ├── QueueFullError           too many requests wait
+    ├── UnavailableError         starting, draining or stopped
+    └── DeadlineExceededError    the request took longer than it may
+
+The server maps each class once to a status and to the shape of its dialect; the command line prints the message and
+a `hint:` line. Nothing here knows HTTP.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class OvmsLoraError(Exception):
+    """Base of all errors that have a cause outside of this program.
+
+    `message` is one line and safe to show to a client; `hint` says what to do about it.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(OvmsLoraError):
+    """The command line names something that does not exist or does not fit."""
+
+
+class ConfigError(OvmsLoraError):
+    """config.json cannot be read or names something unusable."""
+
+
+class ModelFolderError(OvmsLoraError):
+    """A folder is not a model that can be served."""
+
+
+class ExportError(OvmsLoraError):
+    """An export cannot be done, or failed."""
+
+
+class AdapterErrorCode(StrEnum):
+    """Why an adapter is refused (contract section 5)."""
+
+    CONFIG_MISSING = "adapter_config_missing"
+    CONFIG_INVALID = "adapter_config_invalid"
+    UNSUPPORTED = "adapter_unsupported"
+    FORMAT = "adapter_format"
+    TRUNCATED = "adapter_truncated"
+    HEADER = "adapter_header"
+    DTYPE = "adapter_dtype"
+    SHAPE = "adapter_shape"
+    RANK = "adapter_rank"
+    MODULE = "adapter_module"
+    INCOMPLETE = "adapter_incomplete"
+    NONFINITE = "adapter_nonfinite"
+    BASE_MISMATCH = "adapter_base_mismatch"
+
+
+class AdapterError(OvmsLoraError):
+    """An adapter is bad in itself: it is refused at load, never applied in part."""
+
+    def __init__(self, code: AdapterErrorCode, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+
+
+class EngineError(OvmsLoraError):
+    """The engine cannot go on with a request: its step failed, or the engine has stopped."""
+
+
+class RequestError(OvmsLoraError):
+    """One request cannot be served."""
+
+
+class MalformedBodyError(RequestError):
+    """The body is not a JSON object with a usable `model` and `stream`."""
+
+
+class InvalidFieldError(RequestError):
+    """A field of the request is missing, of a wrong type, out of range or unsupported; `param` names it."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelNotFoundError(RequestError):
+    """No model, adapter or composite has that name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The model `{name}` does not exist.")
+        self.name = name
+
+
+class AdapterUnavailableError(RequestError):
+    """The adapter that the request names exists but cannot be loaded; the cause is an `AdapterError`."""
+
+    def __init__(self, cause: AdapterError) -> None:
+        super().__init__(cause.message, hint=cause.hint)
+        self.code = cause.code
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(RequestError):
+    """The server starts, drains or has stopped; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceededError(RequestError):
+    """The request took longer than it may."""

@@ -1,0 +1,84 @@
+"""What the engine takes and gives: a request in tokens, and what each step adds to its sequences.
+
+A request becomes `sampling.n` sequences, told apart by `index`. Texts become tokens, and JSON becomes these classes,
+before the engine sees them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ovms_lora.core.errors import OvmsLoraError
+from ovms_lora.core.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One adapter in a request's blend: the digest of its content and its strength.
+
+    `alpha` multiplies the adapter's own PEFT scaling; 1.0 is the adapter exactly as trained.
+    """
+
+    digest: str
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt to continue.
+
+    `adapters` empty is the plain base model; several are summed: Σ αᵢ·scalingᵢ·BᵢAᵢ. `cache_salt` keeps the prefix
+    blocks of different owners apart. `deadline` is in seconds of the engine's clock.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapters: tuple[AdapterUse, ...] = ()
+    cache_salt: str = ""
+    deadline: float | None = None
+
+
+class FinishReason(StrEnum):
+    """Why a sequence has ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probability of one token, with the `top` alternatives (token id, log-probability), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one step added to one sequence of a request.
+
+    `text` is empty while bytes of a character, or the start of a stop string, are still open. `token_ids` and
+    `logprobs` belong to this step. `prompt_logprobs` comes once, with the first output; its first entry is None, since
+    nothing predicts the first token. `stop_reason` is the stop string or token id that ended the sequence (None for
+    EOS). `error` ends the request.
+    """
+
+    request_id: str
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: OvmsLoraError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing follows for this sequence."""
+        return self.finish_reason is not None or self.error is not None

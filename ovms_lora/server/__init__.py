@@ -1,0 +1,1 @@
+"""HTTP: two dialects over one engine. Knows nothing of OpenVINO."""

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Writes the locked lists beside this file from pyproject.toml (needs `uv` on PATH): one resolution, several subsets.
+# torch is installed by itself, before a list, with what it depends on (see the Makefile); so neither torch nor the
+# GPU libraries that its registry build names, nor torchvision, may stand in a list.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+torch_stack=(torch torchvision triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti
+  nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver
+  nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx)
+left_out=()
+for name in "${torch_stack[@]}"; do left_out+=(--no-emit-package "$name"); done
+whole=$(mktemp)
+trap 'rm -f "$whole"' EXIT
+echo "torch==2.13.0" > "$whole"
+compile() { uv pip compile pyproject.toml --universal --python-version 3.11 --no-header --no-annotate --quiet "$@"; }
+compile --all-extras -c "$whole" -o "$whole.all" > /dev/null
+lock() {
+  local name=$1
+  shift
+  compile -c "$whole.all" --generate-hashes "${left_out[@]}" "$@" | grep -v '^# ' > "requirements/$name.txt"
+}
+lock serve
+lock export --extra export
+lock bench --extra export --extra bench --extra dev
+lock dev --extra export --extra dev
