@@ -21,6 +21,7 @@ class EngineOptions:
     """How one engine runs: OVMS's LLMCalculatorOptions, with its names and defaults.
 
     `cache_size` is the KV cache in GB; 0 sizes it from free memory. `max_tokens_limit` None is the model's length.
+    `generation_config_path` is absolute or relative to the model's folder; empty is the file in that folder.
     """
 
     device: str = "CPU"
@@ -34,6 +35,8 @@ class EngineOptions:
     max_tokens_limit: int | None = None
     tool_parser: str = ""
     reasoning_parser: str = ""
+    enable_tool_guided_generation: bool = False
+    generation_config_path: str = ""
 
 
 class _Strict(BaseModel):

@@ -6,6 +6,7 @@ OvmsLoraError                    a one-line cause, and perhaps a hint what to do
 ├── ModelFolderError             a folder is not a model that can be served
 ├── ExportError                  an export cannot be done, or failed
 ├── AdapterError                 an adapter is bad in itself; `code` says how (contract section 5)
+├── AdapterNotFoundError         there is no adapter folder at a path
 ├── EngineError                  the engine cannot go on: a step failed, or it has stopped
 └── RequestError                 one request cannot be served
     ├── MalformedBodyError       the body is not a JSON object with a model name
@@ -77,6 +78,14 @@ class AdapterError(OvmsLoraError):
     def __init__(self, code: AdapterErrorCode, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.code = code
+
+
+class AdapterNotFoundError(OvmsLoraError):
+    """There is no adapter folder at the path that an operator or a client gave."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"No adapter found for {path}", hint="give the folder that holds adapter_config.json")
+        self.path = path
 
 
 class EngineError(OvmsLoraError):

@@ -1,0 +1,131 @@
+"""LoadedModel: a model folder turned into a running engine with its tokenizer, template and defaults.
+
+The one place that reads a model folder: graph.pbtxt, config.json, generation_config.json, tokenizer and IR.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ovms_lora.core.config import EngineOptions
+from ovms_lora.core.errors import ModelFolderError
+from ovms_lora.core.graph_pbtxt import parse_graph
+from ovms_lora.engine.chat import ChatTemplate
+from ovms_lora.engine.engine import Deliver, Engine
+from ovms_lora.engine.runner import OpenVinoRunner
+from ovms_lora.engine.tokenizer import Tokenizer
+
+_DEFAULT_MAX_LEN = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What generation_config.json says; it stands between a request's own values and the dialect's defaults."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    do_sample: bool | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Everything that serves one model. `folder` is where IR and tokenizer lie."""
+
+    folder: Path
+    engine: Engine
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    generation_defaults: GenerationDefaults
+    options: EngineOptions
+
+
+def load_model(folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, Any] | None = None) -> LoadedModel:
+    """Load a model folder and start its engine; takes seconds.
+
+    `plugin_config` is laid over that of graph.pbtxt. Raises ModelFolderError when the folder cannot be served.
+    """
+    folder, options = read_options(folder)
+    options = replace(options, plugin_config={**options.plugin_config, **(plugin_config or {})})
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.from_folder(folder)
+    defaults = read_generation_defaults(folder)
+    max_model_len = read_max_model_len(folder)
+    runner = OpenVinoRunner(folder, options, max_model_len=max_model_len)
+    eos = defaults.eos_token_ids
+    engine = Engine(runner, tokenizer, options, deliver=deliver, max_model_len=max_model_len, eos_token_ids=eos)
+    engine.start()
+    return LoadedModel(folder, engine, tokenizer, template, defaults, options)
+
+
+def read_options(folder: Path) -> tuple[Path, EngineOptions]:
+    """Return the folder that holds the IR, and the options of graph.pbtxt where there is one."""
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder} is not a folder", hint="check base_path or --model_path")
+    path = folder / "graph.pbtxt"
+    if not path.is_file():
+        return folder, EngineOptions()
+    try:
+        graph = parse_graph(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFolderError(f"cannot read {path}: {error}") from error
+    return (folder / graph.models_path).resolve(), graph.options
+
+
+def read_generation_defaults(folder: Path) -> GenerationDefaults:
+    """Read generation_config.json, with config.json for the end-of-sequence tokens when it has none."""
+    values = _read_json(folder / "generation_config.json")
+    eos = values.get("eos_token_id", _read_json(folder / "config.json").get("eos_token_id"))
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return GenerationDefaults(
+        temperature=_number(values, "temperature"),
+        top_p=_number(values, "top_p"),
+        top_k=_integer(values, "top_k"),
+        min_p=_number(values, "min_p"),
+        repetition_penalty=_number(values, "repetition_penalty"),
+        max_new_tokens=_integer(values, "max_new_tokens"),
+        do_sample=values.get("do_sample") if isinstance(values.get("do_sample"), bool) else None,
+        eos_token_ids=tuple(token for token in eos_ids if isinstance(token, int)),
+    )
+
+
+def read_max_model_len(folder: Path) -> int:
+    """Return the positions that the model was made for, in tokens."""
+    config = _read_json(folder / "config.json")
+    text = config.get("text_config")
+    for source in (config, text if isinstance(text, dict) else {}):
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            value = source.get(key)
+            if isinstance(value, int) and value > 0:
+                return value
+    return _DEFAULT_MAX_LEN
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"cannot read {path}: {error}", hint="export the model again") from error
+    if not isinstance(value, dict):
+        raise ModelFolderError(f"{path} does not hold a JSON object", hint="export the model again")
+    return value
+
+
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    value = values.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _integer(values: Mapping[str, Any], key: str) -> int | None:
+    value = values.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

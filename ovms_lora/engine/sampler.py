@@ -1,0 +1,153 @@
+"""Sampler: chooses the next token of each sequence from its row of logits, and gives log-probabilities.
+
+The order is: penalties and biases, temperature, top_k, top_p, min_p, one random number. Log-probabilities are those of
+the model itself, before any of these. A row's choice depends on that row and its sequence's own random numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ovms_lora.core.request import TokenLogprob
+from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.engine import sequence as engine_sequence
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+_LANE = 64  # a vocabulary row is looked at in lanes of this width, so that it is never sorted whole
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The chosen token, and its log-probability where that was asked for."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class Sampler:
+    """Chooses tokens for a whole step at once. `eos_token_ids` are kept out until `min_tokens` is reached."""
+
+    def __init__(self, eos_token_ids: Collection[int] = ()) -> None:
+        self._eos = frozenset(eos_token_ids)
+
+    def sample(self, logits: FloatArray, sequences: Sequence[engine_sequence.Sequence]) -> list[Sampled]:
+        """Return one choice per row; `logits` is [rows, vocabulary] and stays as it is."""
+        best = logits.argmax(axis=1)
+        chosen = []
+        for row, sequence, top in zip(logits, sequences, best.tolist(), strict=True):
+            token = top if _takes_best(sequence) else self._choose(row, sequence)
+            wanted = sequence.request.sampling.logprobs
+            chosen.append(Sampled(token, None if wanted is None else token_logprob(row, token, wanted)))
+        return chosen
+
+    def _choose(self, row: FloatArray, sequence: engine_sequence.Sequence) -> int:
+        sampling = sequence.request.sampling
+        row = self._adjusted(row, sequence)
+        if sampling.greedy:
+            return int(row.argmax())
+        return draw(row, sampling, sequence.rng)
+
+    def _adjusted(self, row: FloatArray, sequence: engine_sequence.Sequence) -> FloatArray:
+        """Return the row with penalties, biases and forbidden tokens applied."""
+        sampling = sequence.request.sampling
+        if not _adjusts(sequence):
+            return row
+        row = row.copy()
+        if sampling.repetition_penalty != 1.0:
+            # Keskar et al., "CTRL", 2019, section 4.1; over prompt and output, as in transformers.
+            seen = np.unique(np.asarray(sequence.token_ids))
+            row[seen] = np.where(
+                row[seen] > 0, row[seen] / sampling.repetition_penalty, row[seen] * sampling.repetition_penalty
+            )
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            # OpenAI's API reference: mu[j] -= c[j] * frequency + (c[j] > 0) * presence, over the output.
+            seen, counts = np.unique(np.asarray(sequence.output_token_ids, np.int64), return_counts=True)
+            row[seen] -= counts * np.float32(sampling.frequency_penalty) + np.float32(sampling.presence_penalty)
+        for token, bias in sampling.logit_bias.items():
+            row[token] += np.float32(bias)
+        if sequence.num_output < sampling.min_tokens:
+            row[[*self._eos, *sampling.stop_token_ids]] = -np.inf
+        return row
+
+
+def _adjusts(sequence: engine_sequence.Sequence) -> bool:
+    sampling = sequence.request.sampling
+    return bool(
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.logit_bias
+        or sequence.num_output < sampling.min_tokens
+    )
+
+
+def _takes_best(sequence: engine_sequence.Sequence) -> bool:
+    return sequence.request.sampling.greedy and not _adjusts(sequence)
+
+
+def draw(row: FloatArray, sampling: SamplingParams, rng: np.random.Generator) -> int:
+    """Draw a token id from one row of logits [vocabulary] with temperature above 0, using one random number."""
+    weights = np.exp((row - row.max()) / np.float32(sampling.temperature), dtype=np.float32)
+    tokens = _kept(weights, sampling)
+    if tokens is not None:
+        weights = weights[tokens]
+    heap = np.cumsum(weights, dtype=np.float64)
+    place = int(np.searchsorted(heap, rng.random() * heap[-1], side="right"))
+    place = min(place, len(heap) - 1)
+    return place if tokens is None else int(tokens[place])
+
+
+def _kept(weights: FloatArray, sampling: SamplingParams) -> IntArray | None:
+    """Return the tokens that top_k, top_p and min_p leave, best first; None when that is all of them."""
+    tokens = top_indices(weights, sampling.top_k) if 0 < sampling.top_k < len(weights) else None
+    if sampling.top_p < 1.0:
+        tokens = _nucleus(weights, tokens, sampling.top_p)
+    if sampling.min_p > 0.0:
+        # The best token has weight 1, so min_p is a bound on weights as they are.
+        tokens = (
+            np.flatnonzero(weights >= sampling.min_p) if tokens is None else tokens[weights[tokens] >= sampling.min_p]
+        )
+    return tokens
+
+
+def _nucleus(weights: FloatArray, tokens: IntArray | None, top_p: float) -> IntArray:
+    """Return the fewest tokens, best first, that hold `top_p` of the weight (of `tokens`, or of all)."""
+    if tokens is not None:
+        heap = np.cumsum(weights[tokens], dtype=np.float64)
+        return tokens[: int(np.searchsorted(heap, top_p * heap[-1])) + 1]
+    target = top_p * float(weights.sum(dtype=np.float64))
+    count = _LANE
+    while True:
+        best = top_indices(weights, count)
+        heap = np.cumsum(weights[best], dtype=np.float64)
+        if heap[-1] >= target or len(best) == len(weights):
+            return best[: int(np.searchsorted(heap, target)) + 1]
+        count *= 8
+
+
+def top_indices(row: FloatArray, count: int) -> IntArray:
+    """Return the indices of the `count` largest values, largest first, equal ones by index.
+
+    At least `count` values reach the `count`-th largest lane maximum, so only those that do are sorted.
+    """
+    lanes = len(row) // _LANE
+    if count >= lanes:
+        return np.argsort(-row, kind="stable")[:count]
+    maxima = row[: lanes * _LANE].reshape(lanes, _LANE).max(axis=1)
+    threshold = np.partition(maxima, lanes - count)[lanes - count]
+    candidates = np.flatnonzero(row >= threshold)
+    return candidates[np.argsort(-row[candidates], kind="stable")][:count]
+
+
+def token_logprob(row: FloatArray, token_id: int, top: int) -> TokenLogprob:
+    """Return the natural log-probability of a token under one row of logits, and of the `top` best tokens."""
+    shift = float(row.max())
+    norm = shift + float(np.log(np.exp(row - np.float32(shift)).sum(dtype=np.float64)))
+    best = top_indices(row, top) if top else ()
+    return TokenLogprob(token_id, float(row[token_id]) - norm, tuple((int(i), float(row[i]) - norm) for i in best))

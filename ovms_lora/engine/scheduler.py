@@ -1,0 +1,238 @@
+"""Scheduler: which sequences take part in the next step, and with how many of their tokens.
+
+    waiting  ──admit (oldest first, all blocks of its known tokens)──►  running
+    running  ──preempt (youngest first, when no block is left)──────►  front of waiting
+
+A step holds at most `max_num_batched_tokens` tokens: first one for each sequence that decodes, then prefill chunks of
+running sequences, then of newly admitted ones. Knows blocks and counts; knows neither tensors nor texts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ovms_lora.engine.block_pool import BlockPool
+from ovms_lora.engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens `start` … `start + count - 1` of a sequence, to be computed in one step.
+
+    The last `num_sampled` of them need logits: none within a prompt, one where a token is sampled, all for prompt
+    log-probabilities.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    num_sampled: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the sequence's last token, so that the next one can be chosen."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+class Residency(Protocol):
+    """What the scheduler asks of the adapters' side before it admits a sequence."""
+
+    def acquire(self, sequence: Sequence) -> bool:
+        """Hold the sequence's adapters in the graph until `release`; False when there is no room now."""
+
+    def release(self, sequence: Sequence) -> None:
+        """Let go of the adapters that `acquire` held for this sequence."""
+
+
+class NoAdapters:
+    """The residency of a model without runtime adapters."""
+
+    def acquire(self, sequence: Sequence) -> bool:
+        """Say yes: nothing is needed."""
+        assert not sequence.request.adapters, "a model without adapters was asked for one"
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Nothing was held."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """The bounds of one step and of passing by: see EngineOptions.
+
+    A sequence whose adapters have no room is passed by at most `max_bypasses` times; then nothing younger is admitted
+    before it.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 256
+    split_prefill: bool = True
+    prefix_caching: bool = True
+    max_bypasses: int = 64
+
+
+class Scheduler:
+    """Continuous batching over one block pool."""
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, residency: Residency | None = None) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._residency = residency or NoAdapters()
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence at the end of the queue. It must fit into the pool when it is alone."""
+        assert self.pool.blocks_for(sequence.num_tokens + 1) <= self.pool.num_blocks, "the engine refuses such prompts"
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """Plan one step; empty only when nothing can run."""
+        chunks: list[Chunk] = []
+        budget = self._continue_running(chunks, self.limits.max_num_batched_tokens)
+        self._admit(chunks, budget)
+        return chunks
+
+    def computed(self, chunks: Iterable[Chunk]) -> None:
+        """Note that the chunks' keys and values now stand in the cache."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            full_before = sequence.num_computed // self.pool.block_size
+            sequence.num_computed = chunk.start + chunk.count
+            full = sequence.num_computed // self.pool.block_size
+            if self.limits.prefix_caching and full > full_before:
+                keys = sequence.prefix_keys(full, self.pool.block_size)
+                for i in range(full_before, full):
+                    self.pool.remember(sequence.blocks[i], keys[i])
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, whether it waits or runs, and give back what it holds."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.move_to(SequenceStatus.FINISHED)
+
+    def _continue_running(self, chunks: list[Chunk], budget: int) -> int:
+        decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
+        filling = [sequence for sequence in self.running if sequence.num_pending > 1]
+        for sequence in decoding:
+            if budget == 0:
+                break
+            if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, chunks):
+                chunks.append(self._chunk(sequence, 1))
+                budget -= 1
+        budget = self.limits.max_num_batched_tokens - len(chunks)  # a preemption may have taken chunks out again
+        for sequence in filling:
+            if sequence.status is SequenceStatus.RUNNING:
+                budget -= self._fill(sequence, chunks, budget)
+        return budget
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        passed: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self._most_running:
+            sequence = self.waiting[0]
+            if not self._fits(sequence, chunks, budget):
+                break
+            if not self._residency.acquire(sequence):
+                if sequence.bypassed >= self.limits.max_bypasses:
+                    break
+                passed.append(self.waiting.popleft())
+                continue
+            if not self._take_blocks(sequence):
+                self._residency.release(sequence)
+                break
+            self.waiting.popleft()
+            sequence.move_to(SequenceStatus.RUNNING)
+            self.running.append(sequence)
+            for older in passed:
+                older.bypassed += 1
+            budget -= self._fill(sequence, chunks, budget)
+        self.waiting.extendleft(reversed(passed))
+
+    @property
+    def _most_running(self) -> int:
+        # Every running sequence can decode in every step, so none of them waits for another to end.
+        return min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
+
+    def _fits(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> bool:
+        """Whether a prompt that must not be split has room in this step; alone in a step it always has."""
+        return self.limits.split_prefill or sequence.num_tokens <= budget or not chunks
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence blocks for all tokens it has, the known prefix from the cache; False: no room."""
+        cached = self._cached_blocks(sequence)
+        missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
+        # Each running sequence may soon want one more block: a newcomer that takes the last ones would be preempted
+        # after its prefill was paid for.
+        if missing + len(self.running) > self.pool.num_free:
+            self.pool.release(cached)
+            return False
+        sequence.blocks = cached + self.pool.allocate(missing)
+        sequence.num_computed = sequence.num_cached = len(cached) * self.pool.block_size
+        self.prefix_queries += sequence.num_tokens
+        self.prefix_hits += sequence.num_cached
+        return True
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        if not self.limits.prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
+            return []  # log-probabilities of the prompt need its logits, so all of it is computed
+        # The last token is always computed: its logits choose the next one.
+        full = (sequence.num_tokens - 1) // self.pool.block_size
+        return self.pool.take_cached(sequence.prefix_keys(full, self.pool.block_size))
+
+    def _fill(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
+        """Plan a prefill chunk within the budget; return how many tokens it takes."""
+        count = min(sequence.num_pending, budget) if self.limits.split_prefill else sequence.num_pending
+        if count > 0:
+            chunks.append(self._chunk(sequence, count))
+        return min(count, budget)
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        last = sequence.num_computed + count == sequence.num_tokens
+        wants_prompt = sequence.request.sampling.prompt_logprobs is not None and sequence.num_output == 0
+        return Chunk(sequence, sequence.num_computed, count, count if wants_prompt else int(last))
+
+    def _grow(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
+        """Make room for the sequence's pending token, preempting younger ones; False: it was preempted itself."""
+        needed = self.pool.blocks_for(sequence.num_tokens) - len(sequence.blocks)
+        while needed > self.pool.num_free:
+            victim = max(self.running, key=lambda running: running.arrival)
+            self._preempt(victim, chunks)
+            if victim is sequence:
+                return False
+        sequence.blocks += self.pool.allocate(needed)
+        return True
+
+    def _preempt(self, sequence: Sequence, chunks: list[Chunk]) -> None:
+        chunks[:] = [chunk for chunk in chunks if chunk.sequence is not sequence]
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.move_to(SequenceStatus.WAITING)
+        self.num_preemptions += 1
+        # The queue stays in the order of arrival, so that an old sequence is never behind a young one.
+        place = sum(1 for waiting in self.waiting if waiting.arrival < sequence.arrival)
+        self.waiting.insert(place, sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        self._residency.release(sequence)
+        sequence.blocks = []
+        sequence.num_computed = 0

@@ -1,0 +1,107 @@
+"""Sequence: one run of tokens that grows, with its blocks, its place in the queues and its own random numbers.
+
+    WAITING ──admit──► RUNNING ──finish──► FINISHED
+       ▲                  │
+       └────preempt───────┘            (WAITING ──finish──► FINISHED when cancelled before it ran)
+
+A preempted sequence keeps its tokens and gives up its blocks: it computes them anew when it is admitted again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from ovms_lora.core.request import GenerationRequest
+from ovms_lora.engine.block_pool import PrefixKey, prefix_key, prefix_root
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+_NEXT: dict[SequenceStatus, frozenset[SequenceStatus]] = {
+    SequenceStatus.WAITING: frozenset({SequenceStatus.RUNNING, SequenceStatus.FINISHED}),
+    SequenceStatus.RUNNING: frozenset({SequenceStatus.WAITING, SequenceStatus.FINISHED}),
+    SequenceStatus.FINISHED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One continuation of a request's prompt.
+
+    `token_ids` are prompt and output together; the first `num_computed` of them have keys and values in `blocks`.
+    """
+
+    request: GenerationRequest
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed: int = 0
+    num_cached: int = 0
+    blocks: list[int] = field(default_factory=list)
+    arrival: int = 0
+    bypassed: int = 0
+    _keys: list[PrefixKey] = field(default_factory=list)
+    _rng: np.random.Generator | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens together."""
+        return len(self.token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose keys and values are not computed yet; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The tokens generated so far."""
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """The sequence's own random numbers: with a seed they depend on the seed and `index`, on nothing else."""
+        if self._rng is None:
+            seed = self.request.sampling.seed
+            self._rng = np.random.default_rng(None if seed is None else [seed, self.index])
+        return self._rng
+
+    def move_to(self, status: SequenceStatus) -> None:
+        """Change the status along the table above."""
+        assert status in _NEXT[self.status], f"{self.status} does not lead to {status}"
+        self.status = status
+
+    def prefix_keys(self, count: int, block_size: int) -> list[PrefixKey]:
+        """Return the keys of the first `count` full blocks. Tokens never change, so neither do keys once made."""
+        keys = self._keys
+        while len(keys) < count:
+            start = len(keys) * block_size
+            parent = keys[-1] if keys else self._root()
+            keys.append(prefix_key(parent, self.token_ids[start : start + block_size]))
+        return keys[:count]
+
+    def _root(self) -> PrefixKey:
+        adapters = [f"{use.digest}*{use.alpha.hex()}" for use in self.request.adapters]
+        return prefix_root(self.request.cache_salt, *adapters)

@@ -1,0 +1,100 @@
+"""Tokenizer: text to token ids and back, from a model folder's tokenizer.json.
+
+`Detokenizer` gives the text of a growing sequence piece by piece, never half a character. Knows no templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from ovms_lora.core.errors import ModelFolderError
+
+_REPLACEMENT = "�"
+
+
+class Tokenizer:
+    """A thin, typed front of `tokenizers.Tokenizer`; safe to use from several threads."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read `tokenizer.json`. Raises ModelFolderError when it is missing or broken."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelFolderError(f"{folder} holds no tokenizer.json", hint="export the model with its tokenizer")
+        try:
+            return cls(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise ModelFolderError(f"{path} is not a tokenizer: {error}", hint="export the model again") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are, added tokens included."""
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text."""
+        token_ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return token_ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids; bytes that form no character become U+FFFD."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token by itself, special tokens included."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token by its exact name in the vocabulary, None when there is none."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+
+class Detokenizer:
+    """Text of one sequence, token by token.
+
+    A token may hold part of a character, and some tokenizers write a token differently after another one. So the text
+    of a window of recent tokens is taken with and without the new tokens, and what is longer is new; while it ends in
+    an incomplete character, nothing is given out.
+    """
+
+    # Enough for what a decoder looks back on: a leading space that is dropped only at the beginning of a text.
+    _CONTEXT = 5
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
+        self._known = list(prompt[-self._CONTEXT :])
+        self._known_text = self._decode(self._known)
+        self._open: list[int] = []
+
+    def add(self, token_id: int) -> str:
+        """Take one more token; return the text that it completes, perhaps none."""
+        self._open.append(token_id)
+        text = self._decode(self._known + self._open)
+        if text.endswith(_REPLACEMENT):
+            return ""
+        return self._settle(text)
+
+    def flush(self) -> str:
+        """Return the text that is still held back; what never became a character is given as U+FFFD."""
+        return self._settle(self._decode(self._known + self._open)) if self._open else ""
+
+    def _settle(self, text: str) -> str:
+        new = text[len(self._known_text) :]
+        self._known, self._open = (self._known + self._open)[-self._CONTEXT :], []
+        self._known_text = self._decode(self._known)
+        return new
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)
