@@ -116,14 +116,15 @@ class _Wrapped(_Strict):
 
 
 class ServerConfig(_Strict):
-    """The whole of config.json. `mediapipe_config_list` is OVMS's older name for the same list."""
+    """The whole of config.json. `mediapipe_config_list` is OVMS's older list, of the same entries without `config`."""
 
     model_config_list: list[_Wrapped] = []
+    mediapipe_config_list: list[ModelEntry] = []
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
         """The models in the order of the file."""
-        return tuple(wrapped.config for wrapped in self.model_config_list)
+        return (*(wrapped.config for wrapped in self.model_config_list), *self.mediapipe_config_list)
 
     @model_validator(mode="after")
     def _names_differ(self) -> ServerConfig:
@@ -161,7 +162,7 @@ def parse_server_config(text: str, *, origin: str = "config.json") -> ServerConf
     """Parse the text of a config.json; `origin` stands in error messages. Raises ConfigError."""
     try:
         document = json.loads(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, or a number of more digits than Python reads
         raise ConfigError(f"{origin} is not valid JSON: {error}", hint="the running state is kept") from error
     except RecursionError as error:
         raise ConfigError(f"{origin} is nested too deeply") from error

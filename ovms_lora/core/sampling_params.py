@@ -53,6 +53,8 @@ class SamplingParams:
         rules = (
             (self.n >= 1, f"n must be at least 1, got {self.n}."),
             (all(math.isfinite(value) for value in finite), "sampling values must be finite numbers."),
+            (self.seed is None or self.seed >= 0, f"seed must be non-negative, got {self.seed}."),
+            (all(math.isfinite(bias) for bias in self.logit_bias.values()), "logit_bias must hold finite numbers."),
             (self.temperature >= 0, f"temperature must be non-negative, got {self.temperature}."),
             (0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}."),
             (self.top_k >= -1, f"top_k must be 0 (disable), or at least 1, got {self.top_k}."),

@@ -19,7 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ovms_lora.core.errors import InvalidFieldError, ModelFolderError
 
 _MAX_TEMPLATE_BYTES = 1 << 20
+_MAX_CONFIG_BYTES = 16 << 20  # tokenizer_config.json lists all added tokens
 _MAX_OUTPUT_CHARS = 8 << 20
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
 
 
 class ChatTemplate:
@@ -33,7 +35,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
             raise ModelFolderError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens or {})
 
@@ -42,9 +44,10 @@ class ChatTemplate:
         """Read `chat_template.jinja`, or the template within tokenizer_config.json; None when there is neither."""
         config = _read_object(folder / "tokenizer_config.json")
         path = folder / "chat_template.jinja"
-        source = _read_text(path) if path.is_file() else config.get("chat_template")
+        source = _read_text(path, _MAX_TEMPLATE_BYTES) if path.is_file() else config.get("chat_template")
         if isinstance(source, list):  # several named templates: the default one
-            source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+            named = (entry for entry in source if isinstance(entry, dict))
+            source = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
         if not isinstance(source, str):
             return None
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -53,6 +56,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -67,14 +71,20 @@ class ChatTemplate:
                 if size > _MAX_OUTPUT_CHARS:
                     raise InvalidFieldError("the rendered chat template is too long", param="messages")
                 parts.append(part)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except _REFUSALS as error:
             raise InvalidFieldError(f"the chat template refused the messages: {error}", param="messages") from error
         return "".join(parts)
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    # Jinja's own filter escapes HTML; templates of language models expect plain JSON.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML; templates of language models expect plain JSON, and transformers' parameters.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -91,10 +101,10 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, limit: int) -> str:
     try:
-        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
-            raise ModelFolderError(f"{path} is larger than a chat template can be")
+        if path.stat().st_size > limit:
+            raise ModelFolderError(f"{path} is larger than {limit} bytes")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelFolderError(f"cannot read {path}: {error}") from error
@@ -104,7 +114,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(_read_text(path, _MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path} is not valid JSON: {error}", hint="export the model again") from error
     return value if isinstance(value, dict) else {}

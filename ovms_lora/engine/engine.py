@@ -189,10 +189,10 @@ class Engine:
     def _turn(self) -> bool:
         """Do what is to be done once; return whether to go on."""
         self._beat = self._clock()
-        messages = self._wait_for_work()
-        if self._abort or (self._draining and not messages and not self._scheduler.has_work):
+        # Taken in even when it is time to go: `_end_all` tells only those of whom the engine knows.
+        self._take_in(self._wait_for_work())
+        if self._abort or (self._draining and not self._scheduler.has_work):
             return False
-        self._take_in(messages)
         self._end_overdue()
         if self._scheduler.has_work:
             self._step()
@@ -253,7 +253,11 @@ class Engine:
         if sampling:
             picked = logits if len(rows) == len(logits) else logits[rows]
             for sequence, sampled in zip(sampling, self._sampler.sample(picked, sampling), strict=True):
-                outputs.append((sequence, self._output.token(sequence, sampled)))
+                if sampled is None:
+                    error = EngineError("the model gave no finite logits")
+                    outputs.append((sequence, self._output.failed(sequence, error)))
+                else:
+                    outputs.append((sequence, self._output.token(sequence, sampled)))
             self._generation_tokens += len(sampling)
         return outputs
 

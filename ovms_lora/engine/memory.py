@@ -22,7 +22,15 @@ def _control_group(root: Path) -> int | None:
     folder = root / "sys/fs/cgroup"
     try:
         limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
+        used = int((folder / "memory.current").read_text()) - _idle_file_pages(folder)
+        return None if limit == "max" else max(int(limit) - used, 0)
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(int(limit) - used, 0)
+
+
+def _idle_file_pages(folder: Path) -> int:
+    """Return the bytes of file cache that count as used and that the kernel gives back when they are wanted."""
+    for line in (folder / "memory.stat").read_text().splitlines():
+        if line.startswith("inactive_file "):
+            return int(line.split()[1])
+    return 0

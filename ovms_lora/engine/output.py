@@ -103,7 +103,7 @@ class OutputProcessor:
             token_ids=(sampled.token_id,) if sampled else (),
             logprobs=(sampled.logprob,) if sampled and sampled.logprob else (),
             prompt_logprobs=tuple(state.prompt_logprobs) if wants_prompt else None,
-            cached_tokens=sequence.num_cached,
+            cached_tokens=sequence.num_cached or 0,
             finish_reason=ending.reason,
             stop_reason=ending.stopped_by,
         )

@@ -19,6 +19,7 @@ from ovms_lora.engine import sequence as engine_sequence
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+_LEAST_TEMPERATURE = 1e-6  # below it only the best tokens have weight, and a division could leave float32
 _LANE = 64  # a vocabulary row is looked at in lanes of this width, so that it is never sorted whole
 
 
@@ -36,28 +37,37 @@ class Sampler:
     def __init__(self, eos_token_ids: Collection[int] = ()) -> None:
         self._eos = frozenset(eos_token_ids)
 
-    def sample(self, logits: FloatArray, sequences: Sequence[engine_sequence.Sequence]) -> list[Sampled]:
-        """Return one choice per row; `logits` is [rows, vocabulary] and stays as it is."""
+    def sample(self, logits: FloatArray, sequences: Sequence[engine_sequence.Sequence]) -> list[Sampled | None]:
+        """Return one choice per row; `logits` is [rows, vocabulary] and stays as it is.
+
+        None stands for a row of which nothing can be chosen: it holds NaN or +inf, or every token is forbidden.
+        """
         best = logits.argmax(axis=1)
-        chosen = []
+        chosen: list[Sampled | None] = []
         for row, sequence, top in zip(logits, sequences, best.tolist(), strict=True):
-            token = top if _takes_best(sequence) else self._choose(row, sequence)
+            token = self._choose(row, sequence, top)
+            if token is None:
+                chosen.append(None)
+                continue
             wanted = sequence.request.sampling.logprobs
             chosen.append(Sampled(token, None if wanted is None else token_logprob(row, token, wanted)))
         return chosen
 
-    def _choose(self, row: FloatArray, sequence: engine_sequence.Sequence) -> int:
+    def _choose(self, row: FloatArray, sequence: engine_sequence.Sequence, best: int) -> int | None:
         sampling = sequence.request.sampling
-        row = self._adjusted(row, sequence)
-        if sampling.greedy:
-            return int(row.argmax())
-        return draw(row, sampling, sequence.rng)
+        # argmax finds NaN before anything else, so the best value tells of the whole row.
+        if not np.isfinite(row[best]):
+            return None
+        if _adjusts(sequence):
+            row = self._adjusted(row, sequence)
+            best = int(row.argmax())
+            if not np.isfinite(row[best]):
+                return None
+        return best if sampling.greedy else draw(row, sampling, sequence.rng)
 
     def _adjusted(self, row: FloatArray, sequence: engine_sequence.Sequence) -> FloatArray:
         """Return the row with penalties, biases and forbidden tokens applied."""
         sampling = sequence.request.sampling
-        if not _adjusts(sequence):
-            return row
         row = row.copy()
         if sampling.repetition_penalty != 1.0:
             # Keskar et al., "CTRL", 2019, section 4.1; over prompt and output, as in transformers.
@@ -87,13 +97,10 @@ def _adjusts(sequence: engine_sequence.Sequence) -> bool:
     )
 
 
-def _takes_best(sequence: engine_sequence.Sequence) -> bool:
-    return sequence.request.sampling.greedy and not _adjusts(sequence)
-
-
 def draw(row: FloatArray, sampling: SamplingParams, rng: np.random.Generator) -> int:
     """Draw a token id from one row of logits [vocabulary] with temperature above 0, using one random number."""
-    weights = np.exp((row - row.max()) / np.float32(sampling.temperature), dtype=np.float32)
+    temperature = np.float32(max(sampling.temperature, _LEAST_TEMPERATURE))
+    weights = np.exp((row - row.max()) / temperature, dtype=np.float32)
     tokens = _kept(weights, sampling)
     if tokens is not None:
         weights = weights[tokens]
@@ -134,14 +141,15 @@ def _nucleus(weights: FloatArray, tokens: IntArray | None, top_p: float) -> IntA
 def top_indices(row: FloatArray, count: int) -> IntArray:
     """Return the indices of the `count` largest values, largest first, equal ones by index.
 
-    At least `count` values reach the `count`-th largest lane maximum, so only those that do are sorted.
+    At least `count` values reach the `count`-th largest lane maximum, so only those that do are sorted; with fewer
+    lanes than that, those that reach the `count`-th largest value.
     """
     lanes = len(row) // _LANE
-    if count >= lanes:
-        return np.argsort(-row, kind="stable")[:count]
-    maxima = row[: lanes * _LANE].reshape(lanes, _LANE).max(axis=1)
-    threshold = np.partition(maxima, lanes - count)[lanes - count]
-    candidates = np.flatnonzero(row >= threshold)
+    if count >= len(row):
+        return np.argsort(-row, kind="stable")
+    peaks = row[: lanes * _LANE].reshape(lanes, _LANE).max(axis=1) if count < lanes else row
+    place = len(peaks) - count
+    candidates = np.flatnonzero(row >= np.partition(peaks, place)[place])
     return candidates[np.argsort(-row[candidates], kind="stable")][:count]
 
 

@@ -95,7 +95,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue. It must fit into the pool when it is alone."""
-        assert self.pool.blocks_for(sequence.num_tokens + 1) <= self.pool.num_blocks, "the engine refuses such prompts"
+        assert self.pool.blocks_for(sequence.num_tokens) <= self.pool.num_blocks, "the engine refuses such prompts"
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self.waiting.append(sequence)
@@ -186,9 +186,11 @@ class Scheduler:
             self.pool.release(cached)
             return False
         sequence.blocks = cached + self.pool.allocate(missing)
-        sequence.num_computed = sequence.num_cached = len(cached) * self.pool.block_size
+        sequence.num_computed = len(cached) * self.pool.block_size
         self.prefix_queries += sequence.num_tokens
-        self.prefix_hits += sequence.num_cached
+        self.prefix_hits += sequence.num_computed
+        if sequence.num_cached is None:  # what a preempted sequence finds again is its own work
+            sequence.num_cached = sequence.num_computed
         return True
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:

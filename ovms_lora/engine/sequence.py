@@ -38,6 +38,7 @@ class Sequence:
     """One continuation of a request's prompt.
 
     `token_ids` are prompt and output together; the first `num_computed` of them have keys and values in `blocks`.
+    `num_cached` of the prompt's were found in the cache when the sequence was first admitted; None before that.
     """
 
     request: GenerationRequest
@@ -45,7 +46,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
-    num_cached: int = 0
+    num_cached: int | None = None
     blocks: list[int] = field(default_factory=list)
     arrival: int = 0
     bypassed: int = 0
@@ -103,5 +104,5 @@ class Sequence:
         return keys[:count]
 
     def _root(self) -> PrefixKey:
-        adapters = [f"{use.digest}*{use.alpha.hex()}" for use in self.request.adapters]
+        adapters = [f"{use.digest}*{float(use.alpha).hex()}" for use in self.request.adapters]
         return prefix_root(self.request.cache_salt, *adapters)

@@ -13,6 +13,8 @@ import tokenizers
 from ovms_lora.core.errors import ModelFolderError
 
 _REPLACEMENT = "�"
+_CHARACTER = 4  # bytes, and so tokens, of the longest character
+_MOST_OPEN = 16  # more tokens than this are no character; holding them back would cost more with each one
 
 
 class Tokenizer:
@@ -74,15 +76,14 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
-        self._known = list(prompt[-self._CONTEXT :])
-        self._known_text = self._decode(self._known)
         self._open: list[int] = []
+        self._remember(list(prompt[-self._CONTEXT - _CHARACTER :]))
 
     def add(self, token_id: int) -> str:
         """Take one more token; return the text that it completes, perhaps none."""
         self._open.append(token_id)
         text = self._decode(self._known + self._open)
-        if text.endswith(_REPLACEMENT):
+        if text.endswith(_REPLACEMENT) and len(self._open) < _MOST_OPEN:
             return ""
         return self._settle(text)
 
@@ -92,9 +93,20 @@ class Detokenizer:
 
     def _settle(self, text: str) -> str:
         new = text[len(self._known_text) :]
-        self._known, self._open = (self._known + self._open)[-self._CONTEXT :], []
-        self._known_text = self._decode(self._known)
+        self._remember(self._known + self._open)
+        self._open = []
         return new
+
+    def _remember(self, token_ids: list[int]) -> None:
+        """Keep the last tokens as the window, beginning with a whole character where there is one.
+
+        Decoders with byte fallback write a run of byte tokens as U+FFFD as a whole when it begins within a character.
+        """
+        for size in range(self._CONTEXT, self._CONTEXT + _CHARACTER):
+            self._known = token_ids[-size:]
+            self._known_text = self._decode(self._known)
+            if not self._known_text.startswith(_REPLACEMENT):
+                break
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)

@@ -10,7 +10,8 @@ tokenizer is rebuilt from the metadata (see gguf_tokenizer), because transformer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,32 @@ from ovms_lora.export.gguf_tokenizer import Vocabulary, build_tokenizer
 _HINT_USE_FOLDER = "use the model's Hugging Face folder instead of the GGUF file"
 
 
+# The constants of Llama 3.1 and 3.2, which GGUF does not keep: it holds only the factors that come out of them.
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What the file says beside its weights; `rope_factors` divide the rotary frequencies, one for each."""
+
+    metadata: dict[str, Any]
+    architecture: str
+    rope_factors: tuple[float, ...]
+
+
 def to_hf_folder(gguf_path: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file into the existing empty `folder`.
 
     Raises ExportError when the file is not a whole GGUF model, or when its architecture or tokenizer is not known.
     """
-    metadata, tensor_names = _read_header(gguf_path)
-    _refuse_what_would_be_lost(metadata, tensor_names)
+    header = _read_header(gguf_path)
+    rope_scaling = _rope_scaling(header)
     # The tokenizer first: it is the likelier one to be refused, and takes a second where the weights take many.
-    _save_tokenizer(metadata, folder)
-    _save_model(gguf_path, metadata, folder)
+    _save_tokenizer(header, folder)
+    _save_model(gguf_path, header.metadata, rope_scaling, folder)
 
 
-def _read_header(gguf_path: Path) -> tuple[dict[str, Any], list[str]]:
+def _read_header(gguf_path: Path) -> _Header:
     from gguf import GGUFReader
 
     if not gguf_path.is_file():
@@ -40,34 +54,56 @@ def _read_header(gguf_path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         reader = GGUFReader(gguf_path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
-        tensor_names = [tensor.name for tensor in reader.tensors]
+        tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         # The reader maps the file into numpy, so a cut or foreign file fails in as many ways as arrays do.
         raise ExportError(f"{gguf_path} is not a whole GGUF file: {error}") from error
-    return metadata, tensor_names
-
-
-def _refuse_what_would_be_lost(metadata: dict[str, Any], tensor_names: Sequence[str]) -> None:
-    """Raise ExportError for a file of which transformers would drop a part without a word."""
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ExportError("the GGUF file does not name its architecture (general.architecture)")
     if metadata.get("split.count", 1) > 1:
         raise ExportError("the GGUF file is one part of a split model", hint="join it with llama-gguf-split --merge")
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    factors = [name for name in tensor_names if name.startswith(("rope_freqs", "rope_factors"))]
-    if scaling != "none" or factors:
+    return _Header(metadata, architecture, tuple(float(x) for x in tensors.get("rope_freqs.weight", ())))
+
+
+def _rope_scaling(header: _Header) -> dict[str, Any]:
+    """Return the additions to `rope_parameters` that transformers would drop without a word.
+
+    Raises ExportError for a kind of scaling that is not known.
+    """
+    kind = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    if kind == "none" and not header.rope_factors:
+        return {}
+    base = header.metadata.get(f"{header.architecture}.rope.freq_base", 10000.0)
+    if kind != "none" or not _is_llama3(header.rope_factors, base):
         raise ExportError(
-            f"the GGUF file uses RoPE scaling ({factors[0] if factors else scaling}), which transformers ignores there",
+            f"the GGUF file uses RoPE scaling that is not supported ({'rope_freqs' if kind == 'none' else kind})",
             hint=_HINT_USE_FOLDER,
         )
+    return {
+        "rope_type": "llama3",
+        "factor": max(header.rope_factors),
+        "low_freq_factor": _LLAMA3_LOW,
+        "high_freq_factor": _LLAMA3_HIGH,
+        "original_max_position_embeddings": _LLAMA3_CONTEXT,
+    }
 
 
-def _save_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
+def _is_llama3(factors: tuple[float, ...], base: float) -> bool:
+    """Say whether the factors are those of Llama 3.1's scaling: 1 for short waves, the largest one for long waves."""
+    largest = max(factors)
+    for position, factor in enumerate(factors):
+        turns = _LLAMA3_CONTEXT / (2 * math.pi * base ** (position / len(factors)))
+        smooth = min(max((turns - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0.0), 1.0)
+        if not math.isclose(factor, 1 / ((1 - smooth) / largest + smooth), rel_tol=1e-3):
+            return False
+    return True
+
+
+def _save_tokenizer(header: _Header, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = Vocabulary.from_metadata(metadata)
-    architecture = metadata["general.architecture"]
+    vocabulary = Vocabulary.from_metadata(header.metadata)
     names = {
         "bos_token": vocabulary.bos_id,
         "eos_token": vocabulary.eos_id,
@@ -77,14 +113,14 @@ def _save_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(vocabulary),
         clean_up_tokenization_spaces=False,
-        model_max_length=metadata.get(f"{architecture}.context_length"),
+        model_max_length=header.metadata.get(f"{header.architecture}.context_length"),
         **{name: vocabulary.token(token_id) for name, token_id in names.items() if token_id is not None},
     )
-    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = header.metadata.get("tokenizer.chat_template")
     tokenizer.save_pretrained(folder)
 
 
-def _save_model(gguf_path: Path, metadata: dict[str, Any], folder: Path) -> None:
+def _save_model(gguf_path: Path, metadata: dict[str, Any], rope_scaling: dict[str, Any], folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -98,6 +134,8 @@ def _save_model(gguf_path: Path, metadata: dict[str, Any], folder: Path) -> None
     lost = sorted([*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])])
     if lost:
         raise ExportError(f"{gguf_path.name} does not fit its architecture: {', '.join(lost[:5])}")
+    if rope_scaling:
+        model.config.rope_parameters = {**model.config.rope_parameters, **rope_scaling}
     model.generation_config = _generation_config(metadata)
     model.save_pretrained(folder)
 

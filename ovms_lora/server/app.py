@@ -1,0 +1,134 @@
+"""The application: the one place where the parts of a server are put together.
+
+Nothing here is global, so a test can build two. Owns the order of the middlewares and the handlers of errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+
+from ovms_lora import __version__
+from ovms_lora.core.errors import EngineError, OvmsLoraError
+from ovms_lora.server import config_routes, health, v1, v3
+from ovms_lora.server.access_log import AccessLogMiddleware
+from ovms_lora.server.auth import ApiKeyMiddleware
+from ovms_lora.server.disconnect import ClientGoneError
+from ovms_lora.server.errors import error_style
+from ovms_lora.server.lifecycle import Lifecycle, LoadModel
+from ovms_lora.server.limits import LimitsMiddleware
+from ovms_lora.server.metrics import Metrics
+from ovms_lora.server.model_source import ModelSource
+from ovms_lora.server.options import ServerOptions
+from ovms_lora.server.registry import ModelRegistry
+from ovms_lora.server.state import ServerState, state_of
+from ovms_lora.server.workers import Workers
+
+log = logging.getLogger(__name__)
+
+# What a client that has left would have got; nobody reads it, the access log shows it.
+_CLIENT_CLOSED_REQUEST = 499
+
+
+def build_app(
+    options: ServerOptions,
+    source: ModelSource,
+    load: LoadModel,
+    *,
+    on_failure: Callable[[OvmsLoraError], None] = lambda _: None,
+) -> FastAPI:
+    """Return the application that serves the models of `source`.
+
+    Models are loaded by `load` once the lifespan begins; `on_failure` hears when none can be.
+    """
+    registry = ModelRegistry()
+    lifecycle = Lifecycle(source, registry, load, options.limits, on_failure=on_failure)
+    app = FastAPI(
+        title="ovms-lora",
+        version=__version__,
+        lifespan=_lifespan,
+        middleware=_middleware(options),
+        exception_handlers=_HANDLERS,
+        redirect_slashes=False,
+    )
+    app.state.server = ServerState(options, registry, lifecycle, Metrics(registry), Workers())
+    for router in (health.router, config_routes.router, v3.router, v1.router):
+        app.include_router(router)
+    if options.metrics:
+        app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["metrics"])
+    return app
+
+
+def _middleware(options: ServerOptions) -> list[Middleware]:
+    stack = [Middleware(AccessLogMiddleware)]
+    if options.allowed_origins:
+        stack.append(
+            Middleware(CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+        )
+    if options.api_keys:
+        stack.append(Middleware(ApiKeyMiddleware, keys=options.api_keys))
+    return [*stack, Middleware(LimitsMiddleware, limits=options.limits)]
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    server: ServerState = app.state.server
+    # Beside the serving, so that probes are answered while models load.
+    task = asyncio.create_task(_look_after_models(server.lifecycle, server.options.poll_seconds))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await server.lifecycle.stop()
+        server.workers.stop()
+
+
+async def _look_after_models(lifecycle: Lifecycle, poll_seconds: float) -> None:
+    try:
+        await lifecycle.start()
+        while poll_seconds > 0:
+            await asyncio.sleep(poll_seconds)
+            await lifecycle.poll()
+    except Exception:
+        # Not a bad model but a fault of ours: the server must not go on as if it looked after its models.
+        log.exception("looking after the models failed")
+        lifecycle.fail(EngineError("loading models failed; the log says how"))
+
+
+async def _metrics(request: Request) -> Response:
+    """Return the metrics in Prometheus's text format."""
+    return Response(state_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    return error_style(request.scope["path"]).response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException), "the handler is registered for this class only"
+    if error.status_code == 405 and request.scope.get("endpoint") is v3.wrong_endpoint:
+        error = HTTPException(404)  # only the catch-all of POST knows this path
+    return error_style(request.scope["path"]).http(error)
+
+
+async def _on_client_gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+
+_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
+    OvmsLoraError: _on_error,
+    HTTPException: _on_http_error,
+    ClientGoneError: _on_client_gone,
+    Exception: _on_error,
+}

@@ -1,0 +1,44 @@
+"""`/v1/config`: OVMS's view of all models and their states, and the reload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from ovms_lora.core.errors import ConfigError, OvmsLoraError
+from ovms_lora.server.registry import ModelRegistry, ModelStatus
+from ovms_lora.server.state import state_of
+
+router = APIRouter(prefix="/v1/config", tags=["config"])
+
+
+@router.get("")
+async def config(request: Request) -> JSONResponse:
+    """Return the state of every model."""
+    return JSONResponse(_statuses(state_of(request).registry))
+
+
+@router.post("/reload")
+async def reload(request: Request) -> JSONResponse:
+    """Read the configuration again: 201 when something has changed, 200 when nothing had to."""
+    server = state_of(request)
+    try:
+        changed = await server.lifecycle.reload()
+    except OvmsLoraError as error:
+        raise ConfigError(f"Reloading config file failed. {error.message}", hint=error.hint) from error
+    return JSONResponse(_statuses(server.registry), 201 if changed else 200)
+
+
+def _statuses(registry: ModelRegistry) -> dict[str, Any]:
+    return {name: {"model_version_status": [_status(status)]} for name, status in registry.statuses.items()}
+
+
+def _status(status: ModelStatus) -> dict[str, Any]:
+    code, message = ("FAILED_PRECONDITION", status.error) if status.error else ("OK", "OK")
+    return {
+        "version": "1",
+        "state": status.state.value,
+        "status": {"error_code": code, "error_message": message},
+    }

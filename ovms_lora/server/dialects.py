@@ -1,0 +1,53 @@
+"""A dialect: everything in which `/v3` and `/v1` differ, so that one handler serves both.
+
+Owns the type; its two values stand in `v3` and `v1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ovms_lora.server.call import Call, Prompt
+from ovms_lora.server.errors import ErrorStyle
+from ovms_lora.server.fields import Table, Values
+from ovms_lora.server.logprobs import TokenText
+from ovms_lora.server.registry import ModelRegistry
+from ovms_lora.server.sampling import SamplingDefaults
+from ovms_lora.server.shapes import ChoiceShape, ShapeStyle
+
+if TYPE_CHECKING:
+    from ovms_lora.engine.model import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One way to ask for text: its fields, how prompts come out of them, how the answer looks.
+
+    `max_tokens` is the default (None: until EOS or the model's length).
+    """
+
+    id_prefix: str
+    table: Table
+    prompts: Callable[[Values, LoadedModel], tuple[Prompt, ...]]
+    shape: Callable[[Call, ShapeStyle, TokenText], ChoiceShape]
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """One dialect. `name` stands in metrics.
+
+    `check_content_type` raises for a Content-Type that is not JSON; `model_name` returns the model that a document
+    names, or the one that it may leave out.
+    """
+
+    name: str
+    completions: Endpoint
+    chat: Endpoint
+    defaults: SamplingDefaults
+    errors: ErrorStyle
+    style: ShapeStyle
+    check_content_type: Callable[[str], None]
+    model_name: Callable[[Mapping[str, Any], ModelRegistry], str]

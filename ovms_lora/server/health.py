@@ -1,0 +1,59 @@
+"""Probes and descriptions: KServe's `/v2`, and vLLM's `/health` and `/ping`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from ovms_lora import __version__
+from ovms_lora.server.state import state_of
+
+# What may be asked without a key.
+PROBES = frozenset({"/v2/health/live", "/v2/health/ready", "/health", "/ping"})
+
+_MODEL_NOT_FOUND = "Model with requested name is not found"
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/v2")
+async def server_metadata() -> JSONResponse:
+    """Say what server this is."""
+    return JSONResponse({"name": "ovms-lora", "version": __version__, "extensions": []})
+
+
+@router.get("/v2/health/live")
+@router.get("/health")
+@router.get("/ping")
+async def live(request: Request) -> Response:
+    """Answer 200 while the event loop and the engines turn."""
+    return _probe(state_of(request).lifecycle.live)
+
+
+@router.get("/v2/health/ready")
+async def ready(request: Request) -> Response:
+    """Answer 200 while requests are taken."""
+    return _probe(state_of(request).lifecycle.ready)
+
+
+@router.get("/v2/models/{name:path}/ready")
+async def model_ready(request: Request, name: str) -> Response:
+    """Answer 200 while one model takes requests."""
+    server = state_of(request)
+    if server.registry.get(name):
+        return _probe(server.lifecycle.ready)
+    if name in server.registry.statuses:
+        return _probe(False)
+    return JSONResponse({"error": _MODEL_NOT_FOUND}, 404)
+
+
+@router.get("/v2/models/{name:path}")
+async def model_metadata(request: Request, name: str) -> Response:
+    """Describe one model."""
+    if state_of(request).registry.get(name) is None:
+        return JSONResponse({"error": _MODEL_NOT_FOUND}, 404)
+    return JSONResponse({"name": name, "versions": ["1"], "platform": "OpenVINO", "inputs": [], "outputs": []})
+
+
+def _probe(good: bool) -> Response:
+    return Response(status_code=200 if good else 503)

@@ -1,0 +1,168 @@
+"""Prompts, messages and stop strings as clients write them, checked and brought into one form.
+
+Owns the structured fields that both dialects share; knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ovms_lora.server.fields import Check
+
+PromptInput = str | tuple[int, ...]
+
+MAX_PROMPTS = 256
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+
+
+def prompts(value: Any) -> tuple[PromptInput, ...]:
+    """A string, a list of strings, a list of token ids, or a list of such lists. Raises ValueError."""
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_token_id(value[0])):
+        value = [value]
+    if not isinstance(value, list):
+        raise ValueError("prompt is not a string")
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"prompt array must have no more than {MAX_PROMPTS} prompts")
+    checked = tuple(_prompt(item) for item in value)
+    if not checked or not all(checked):
+        raise ValueError("prompt is missing")
+    return checked
+
+
+def _prompt(value: Any) -> PromptInput:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(map(_is_token_id, value)):
+        return tuple(value)
+    raise ValueError("prompt is not a string")
+
+
+def _is_token_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def messages(value: Any) -> list[dict[str, Any]]:
+    """A non-empty array of chat messages; content becomes one string. Raises ValueError with OVMS's messages."""
+    if not isinstance(value, list):
+        raise ValueError("Messages are not an array")
+    if not value:
+        raise ValueError("Messages array cannot be empty")
+    return [_message(item) for item in value]
+
+
+def _message(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("Message is not a JSON object")
+    if not isinstance(value.get("role"), str):
+        raise ValueError("Every message must have 'role' field")
+    return {**value, "content": _content(value.get("content"))}
+
+
+def _content(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("Invalid message structure - content should be string or array")
+    return "\n".join(_content_part(part) for part in value)
+
+
+def _content_part(part: Any) -> str:
+    if not isinstance(part, dict):
+        raise ValueError("Invalid message structure - content array should contain objects")
+    kind = part.get("type")
+    if not isinstance(kind, str):
+        raise ValueError("Invalid message structure - content object type missing")
+    if kind in ("image_url", "input_audio"):
+        raise ValueError(f"This servable supports only text input, but {kind} has been provided")
+    if kind != "text":
+        raise ValueError("Unsupported content type")
+    if not isinstance(part.get("text"), str):
+        raise ValueError("Invalid message structure - content text missing")
+    return str(part["text"])
+
+
+def stop_strings(value: Any) -> tuple[str, ...]:
+    """One stop string or several. Raises ValueError."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise ValueError("stop is not a string or array of strings")
+    if len(value) > MAX_STOPS:
+        raise ValueError(f"stop array must have no more than {MAX_STOPS} strings")
+    if not all(isinstance(item, str) for item in value):
+        raise ValueError("stop array contains non string element")
+    if not all(value):
+        raise ValueError("stop contains an empty string")
+    if any(len(item) > MAX_STOP_CHARACTERS for item in value):
+        raise ValueError(f"stop strings must have no more than {MAX_STOP_CHARACTERS} characters")
+    return tuple(value)
+
+
+def stream_options(*accepted: str) -> Check:
+    """An object of bools, none but the accepted ones."""
+
+    def check(value: Any) -> dict[str, bool]:
+        if not isinstance(value, dict):
+            raise ValueError("stream_options is not an object")
+        for name in accepted:
+            if not isinstance(value.get(name, False), bool):
+                raise ValueError(f"stream_options.{name} is not a boolean")
+        if set(value) - set(accepted):
+            known = ", ".join(accepted)
+            raise ValueError(
+                f"Found unexpected stream options. Properties accepted in stream_options: {known}",
+            )
+        return value
+
+    return check
+
+
+def tools(value: Any) -> list[dict[str, Any]]:
+    """An array of function tools. Raises ValueError."""
+    if not isinstance(value, list):
+        raise ValueError("Tools are not an array")
+    for tool in value:
+        if not isinstance(tool, dict):
+            raise ValueError("Tool is not a JSON object")
+        if tool.get("type") != "function":
+            raise ValueError("Only function tools are supported")
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError("Function object does not contain a valid name")
+    return value
+
+
+def tool_choice(value: Any) -> Any:
+    """`none`, `auto`, `required`, or an object that names a function. Raises ValueError."""
+    if isinstance(value, str):
+        if value not in ("none", "auto", "required"):
+            raise ValueError("tool_choice should be either 'none' or 'auto' or 'required'")
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("tool_choice is not a valid JSON object or string")
+    function = value.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError("tool_choice.function is not a valid JSON object")
+    return value
+
+
+def response_format(value: Any) -> Any:
+    """An object with a known type. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("response_format is not an object")
+    if value.get("type") not in ("text", "json_object", "json_schema"):
+        raise ValueError("response_format.type must be one of text, json_object, json_schema")
+    return value
+
+
+def lora_alphas(value: Any) -> dict[str, float]:
+    """An object of numbers. Raises ValueError with OVMS's messages."""
+    if not isinstance(value, dict):
+        raise ValueError("lora_alphas must be an object")
+    for name, alpha in value.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise ValueError(f"lora_alphas value for '{name}' must be a number")
+    return value

@@ -1,0 +1,199 @@
+"""Lifecycle: brings the served models to what the source wants, at start, on a reload and on a change of the file.
+
+    read ──► load what is new or changed ──► put (adds, swaps) ──► drain and stop what was replaced or removed
+
+At start, what can be loaded is served; a reload is taken whole or not at all. Loading blocks, so it runs in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError
+from ovms_lora.core.request import GenerationRequest
+from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.server.async_engine import AsyncEngine
+from ovms_lora.server.model_source import ModelSource, ModelSpec
+from ovms_lora.server.options import Limits
+from ovms_lora.server.registry import ModelRegistry, ModelState, ServedModel
+
+if TYPE_CHECKING:
+    from ovms_lora.engine.engine import Deliver
+    from ovms_lora.engine.model import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+class LoadModel(Protocol):
+    """Loads a model folder and starts its engine; `ovms_lora.engine.model.load_model` in service."""
+
+    def __call__(self, folder: Path, *, deliver: Deliver, plugin_config: dict[str, Any]) -> LoadedModel:
+        """Return the loaded model. Raises ModelFolderError."""
+
+
+class Lifecycle:
+    """Keeps the registry as the source wants it. All methods run on the event loop."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        registry: ModelRegistry,
+        load: LoadModel,
+        limits: Limits,
+        *,
+        on_failure: Callable[[OvmsLoraError], None] = lambda _: None,
+    ) -> None:
+        self._source = source
+        self._registry = registry
+        self._load_model = load
+        self._limits = limits
+        self._on_failure = on_failure
+        self._applying = asyncio.Lock()
+        self._leaving: dict[asyncio.Task[None], ServedModel] = {}
+        self.started = False
+        self.draining = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken: a model is loaded and warm, and the server does not drain."""
+        return self.started and not self.draining and self.live and bool(self._registry.served)
+
+    @property
+    def live(self) -> bool:
+        """Whether every engine has turned its loop lately."""
+        limit = self._limits.heartbeat_seconds
+        return all(served.model.engine.heartbeat_age() < limit for served in self._registry.served)
+
+    @property
+    def active_calls(self) -> int:
+        """How many calls are neither answered nor dropped."""
+        return sum(served.engine.active_calls for served in (*self._registry.served, *self._leaving.values()))
+
+    async def start(self) -> None:
+        """Load all models; serve those that can be loaded. Reports a failure when none can."""
+        failure: OvmsLoraError | None = None
+        async with self._applying:
+            try:
+                specs = self._source.read()
+            except ConfigError as error:
+                self._on_failure(error)
+                return
+            for spec in specs:
+                self._registry.mark(spec.name, ModelState.START)
+            for spec in specs:
+                try:
+                    self._registry.put(await self._load(spec))
+                except ModelFolderError as error:
+                    failure = error
+                    self._registry.mark(spec.name, ModelState.LOADING, error.message)
+                    log.error("model %s cannot be loaded: %s", spec.name, error.message)
+        if failure and not self._registry.served:
+            self._on_failure(failure)
+        self.started = True
+
+    def fail(self, error: OvmsLoraError) -> None:
+        """Report that the server cannot go on."""
+        self._on_failure(error)
+
+    async def reload(self) -> bool:
+        """Bring the served models to what the source wants now; return whether anything has changed.
+
+        Raises ConfigError or ModelFolderError; then nothing has changed.
+        """
+        async with self._applying:
+            wanted = self._source.read()
+            running = {served.name: served.spec for served in self._registry.served}
+            new = [spec for spec in wanted if running.get(spec.name) != spec]
+            gone = set(self._registry.statuses) - {spec.name for spec in wanted}
+            gone = {name for name in gone if self._registry.statuses[name].state is not ModelState.END}
+            loaded = await self._load_all(new)
+            for served in loaded:
+                if replaced := self._registry.put(served):
+                    self._retire(replaced)
+            for name in gone:
+                self._remove(name)
+        return bool(new or gone)
+
+    async def poll(self) -> None:
+        """Reload when the source has changed; a source that is not usable is logged once and left alone."""
+        if not self._source.changed():
+            return
+        try:
+            if await self.reload():
+                log.info("the configuration was reloaded")
+        except OvmsLoraError as error:
+            log.error("the configuration was not reloaded: %s", error.message)
+
+    async def stop(self) -> None:
+        """Stop all engines; what still runs is aborted."""
+        self.draining = True
+        leaving = dict(self._leaving)
+        for task in leaving:
+            task.cancel()
+        for served in (*self._registry.served, *leaving.values()):
+            await asyncio.to_thread(served.model.engine.stop)
+
+    async def _load_all(self, specs: list[ModelSpec]) -> list[ServedModel]:
+        """Load models, all or none."""
+        loaded: list[ServedModel] = []
+        async with contextlib.AsyncExitStack() as undo:
+            for spec in specs:
+                served = await self._load(spec)
+                undo.push_async_callback(asyncio.to_thread, served.model.engine.stop)
+                loaded.append(served)
+            undo.pop_all()
+        return loaded
+
+    async def _load(self, spec: ModelSpec) -> ServedModel:
+        if self._registry.get(spec.name) is None:
+            self._registry.mark(spec.name, ModelState.LOADING)
+        log.info("loading model %s from %s", spec.name, spec.folder)
+        bridge = AsyncEngine(asyncio.get_running_loop(), buffered_outputs=self._limits.buffered_outputs)
+        loading = asyncio.to_thread(
+            self._load_model, spec.folder, deliver=bridge.deliver, plugin_config=dict(spec.plugin_config)
+        )
+        model = await loading
+        bridge.attach(model.engine)
+        served = ServedModel(spec, model, bridge)
+        await self._warm(served)
+        log.info("model %s is available", spec.name)
+        return served
+
+    async def _warm(self, served: ServedModel) -> None:
+        """Run one token through the whole path, so that the first client does not wait for what is done once."""
+        request = GenerationRequest("warm-up", (0,), SamplingParams(temperature=0, max_tokens=1))
+        try:
+            stream = served.engine.open([request])
+            async for _ in stream:
+                pass
+            stream.close()
+        except OvmsLoraError as error:
+            await asyncio.to_thread(served.model.engine.stop)
+            raise ModelFolderError(f"{served.spec.folder}: the model does not run: {error.message}") from error
+
+    def _remove(self, name: str) -> None:
+        if self._registry.get(name) is None:
+            self._registry.mark(name, ModelState.END)
+            return
+        self._retire(self._registry.remove(name))
+
+    def _retire(self, served: ServedModel) -> None:
+        """Let a model's requests end, then stop its engine, beside everything else."""
+        task = asyncio.create_task(self._drain(served))
+        self._leaving[task] = served
+        task.add_done_callback(self._leaving.pop)
+
+    async def _drain(self, served: ServedModel) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.request_seconds):
+                while served.engine.active_calls:
+                    await asyncio.sleep(0.05)
+        await asyncio.to_thread(served.model.engine.stop)
+        if self._registry.get(served.name) is None:
+            self._registry.mark(served.name, ModelState.END)
+        log.info("model %s was unloaded", served.spec.folder)

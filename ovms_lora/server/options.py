@@ -1,0 +1,38 @@
+"""How one server runs: what the command line sets, and the limits of contract section 10.
+
+Owns the typed settings; knows nothing of models or of HTTP handling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one client may ask for. Times are in seconds, sizes in bytes unless the name says otherwise."""
+
+    body_bytes: int = 2 * 1024 * 1024
+    header_bytes: int = 16 * 1024
+    receive_seconds: float = 20.0
+    request_seconds: float = 600.0
+    drain_seconds: float = 30.0
+    heartbeat_seconds: float = 60.0
+    buffered_outputs: int = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """The settings of one server.
+
+    `api_keys` empty leaves the server open. `poll_seconds` is how often config.json is looked at; 0 never does.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    poll_seconds: float = 1.0
+    log_level: str = "info"
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allowed_origins: tuple[str, ...] = ()
+    metrics: bool = True
+    limits: Limits = field(default_factory=Limits)

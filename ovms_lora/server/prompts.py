@@ -1,0 +1,56 @@
+"""From what a request says to tokens: rendering the chat template, encoding prompts.
+
+This takes time for long texts, so it runs off the event loop. Owns nothing but the order of these steps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ovms_lora.core.errors import InvalidFieldError
+from ovms_lora.server.call import Prompt
+
+if TYPE_CHECKING:
+    from ovms_lora.engine.model import LoadedModel
+    from ovms_lora.server.fields import Values
+
+# What the template gets from elsewhere, so that chat_template_kwargs cannot say it again.
+_OWN_VARIABLES = frozenset({"self", "messages", "tools"})
+
+
+def completion_prompts(values: Values, model: LoadedModel) -> tuple[Prompt, ...]:
+    """Return the prompts of `/completions`, from texts or token ids."""
+    special = values.get("add_special_tokens", True)
+    return tuple(
+        Prompt(tuple(model.tokenizer.encode(prompt, add_special_tokens=special)), prompt)
+        if isinstance(prompt, str)
+        else Prompt(prompt, _decoded(prompt, model) if values.get("echo") else "")
+        for prompt in values["prompt"]
+    )
+
+
+def _decoded(token_ids: tuple[int, ...], model: LoadedModel) -> str:
+    if max(token_ids) >= model.tokenizer.vocab_size:
+        raise InvalidFieldError("prompt holds a token id outside of the vocabulary", param="prompt")
+    return model.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def chat_prompts(values: Values, model: LoadedModel) -> tuple[Prompt, ...]:
+    """Return the one prompt of `/chat/completions`, rendered by the model's template."""
+    text = render_chat(values, model)
+    # The template has written the special tokens already.
+    return (Prompt(tuple(model.tokenizer.encode(text, add_special_tokens=False)), text),)
+
+
+def render_chat(values: Values, model: LoadedModel) -> str:
+    """Return the text of the messages. Raises InvalidFieldError without a template, or when it refuses them."""
+    if model.chat_template is None:
+        raise InvalidFieldError("this model has no chat template; use completions", param="messages")
+    variables = values.get("chat_template_kwargs", {})
+    if twice := _OWN_VARIABLES & variables.keys():
+        raise InvalidFieldError(f"chat_template_kwargs cannot hold {min(twice)}", param="chat_template_kwargs")
+    if "reasoning_effort" in values:
+        variables = {"reasoning_effort": values["reasoning_effort"], **variables}
+    tools = values.get("tools") if values.get("tool_choice") != "none" else None
+    prompt = {"add_generation_prompt": values.get("add_generation_prompt", True)}
+    return model.chat_template.render(values["messages"], tools=tools, **{**prompt, **variables})

@@ -1,0 +1,116 @@
+"""serve: one process that answers on one port until a signal ends it.
+
+    bind ──► answer probes, load models ──► ready ──► first signal: drain ──► stop;  second signal: exit now
+
+Owns the socket, the signals and the exit. Blocks until the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from ovms_lora.core.errors import ConfigError, OvmsLoraError
+from ovms_lora.server import logs
+from ovms_lora.server.app import build_app
+from ovms_lora.server.lifecycle import LoadModel
+from ovms_lora.server.model_source import ModelSource
+from ovms_lora.server.options import ServerOptions
+from ovms_lora.server.state import ServerState
+
+log = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 5
+
+
+def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
+    """Serve until a signal comes.
+
+    Raises ConfigError when the configuration is not usable or the port is taken, and what kept the last model from
+    being loaded when none could be.
+    """
+    source.read()
+    logs.configure(options.log_level)
+    with _bind(options.host, options.port) as listener:
+        failures: list[OvmsLoraError] = []
+        app = build_app(options, source, load, on_failure=failures.append)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            h11_max_incomplete_event_size=options.limits.header_bytes,
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+        )
+        _Server(config, app.state.server, _url(listener), failures).run(sockets=[listener])
+    if failures:
+        raise failures[0]
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} of {host} is in use", hint="stop what listens there, or give another --rest_port"
+            ) from error
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {reason}", hint="check --rest_bind_address and --rest_port"
+        ) from error
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, but a signal first drains: probes say 503 at once, running calls end, then it stops."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, url: str, failures: list[OvmsLoraError]) -> None:
+        super().__init__(config)
+        self._lifecycle = state.lifecycle
+        self._registry = state.registry
+        self._drain_seconds = state.options.limits.drain_seconds
+        self._url = url
+        self._failures = failures
+        self._announced = False
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; exit at once on a second signal."""
+        del frame
+        if self._drain_until is not None:
+            os._exit(128 + sig)
+        self._drain_until = time.monotonic() + self._drain_seconds
+        self._lifecycle.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop; ten times a second."""
+        if self._lifecycle.started and not self._announced and not self._failures:
+            self._announced = True
+            names = ", ".join(served.name for served in self._registry.served) or "no model yet"
+            print(f"ready: {self._url} serving {names}", file=sys.stderr, flush=True)
+        return await super().on_tick(counter) or bool(self._failures) or await self._drained()
+
+    async def _drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        if self._lifecycle.active_calls == 0:
+            return True
+        if time.monotonic() < self._drain_until:
+            return False
+        log.warning("%d calls did not end in time and are aborted", self._lifecycle.active_calls)
+        await self._lifecycle.stop()
+        return True

@@ -1,0 +1,112 @@
+"""The tokenize endpoints: OVMS's takes `text`, vLLM's takes `prompt` or `messages`.
+
+Owns their fields and answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ovms_lora.server import inputs
+from ovms_lora.server.fields import (
+    Field,
+    ModelLimits,
+    Table,
+    Together,
+    an_object,
+    at_least,
+    boolean,
+    integer,
+    text,
+    that,
+)
+from ovms_lora.server.prompts import render_chat
+
+if TYPE_CHECKING:
+    from ovms_lora.engine.model import LoadedModel
+
+_PADDING_SIDE = "padding_side should be either left or right"
+
+
+def _texts(value: Any) -> str | list[str]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("text should be string or array of strings")
+    if not value:
+        raise ValueError("text array should not be empty")
+    if len(value) > inputs.MAX_PROMPTS:
+        raise ValueError(f"text array must have no more than {inputs.MAX_PROMPTS} strings")
+    return value
+
+
+_OVMS = Table(
+    (
+        Field("text", _texts, null=False),
+        Field("add_special_tokens", boolean("add_special_tokens should be boolean"), null=False),
+        Field(
+            "max_length",
+            integer("max_length should be integer"),
+            at_least(1, "max_length should be greater than 0"),
+            null=False,
+        ),
+        Field(
+            "pad_to_max_length",
+            boolean("pad_to_max_length should be boolean"),
+            that(lambda value: value is False, "pad_to_max_length is not supported"),
+            null=False,
+        ),
+        Field(
+            "padding_side",
+            text("padding_side should be string, either left or right"),
+            that(lambda value: value in ("left", "right"), _PADDING_SIDE),
+            null=False,
+        ),
+    ),
+    (Together("text", lambda v, _: "text" not in v, "text field is required"),),
+)
+
+_VLLM = Table(
+    (
+        Field("prompt", text("prompt must be a string")),
+        Field("messages", inputs.messages),
+        Field("add_special_tokens", boolean("add_special_tokens must be true or false")),
+        Field("return_token_strs", boolean("return_token_strs must be true or false")),
+        Field("add_generation_prompt", boolean("add_generation_prompt must be true or false")),
+        Field("tools", inputs.tools),
+        Field("chat_template_kwargs", an_object("chat_template_kwargs must be an object")),
+    ),
+    (
+        Together(
+            "prompt", lambda v, _: ("prompt" in v) == ("messages" in v), "exactly one of prompt and messages is needed"
+        ),
+    ),
+)
+
+
+def ovms_tokenize(document: Mapping[str, Any], model: LoadedModel) -> dict[str, Any]:
+    """Return `{"tokens": …}`: a list for one text, a list of lists for several. Raises InvalidFieldError."""
+    values = _OVMS.read(document, ModelLimits())
+    special, limit = values.get("add_special_tokens", True), values.get("max_length")
+
+    def encode(content: str) -> list[int]:
+        return model.tokenizer.encode(content, add_special_tokens=special)[:limit]
+
+    texts = values["text"]
+    return {"tokens": encode(texts) if isinstance(texts, str) else [encode(content) for content in texts]}
+
+
+def vllm_tokenize(document: Mapping[str, Any], model: LoadedModel) -> dict[str, Any]:
+    """Return count, tokens and the model's length. Raises InvalidFieldError."""
+    values = _VLLM.read(document, ModelLimits())
+    chat = "messages" in values
+    content = render_chat(values, model) if chat else values["prompt"]
+    tokens = model.tokenizer.encode(content, add_special_tokens=values.get("add_special_tokens", not chat))
+    strings = [model.tokenizer.token_text(token) for token in tokens] if values.get("return_token_strs") else None
+    return {
+        "count": len(tokens),
+        "max_model_len": model.engine.max_model_len,
+        "tokens": tokens,
+        "token_strs": strings,
+    }

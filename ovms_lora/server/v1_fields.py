@@ -1,0 +1,232 @@
+"""The request fields of `/v1`: OpenAI's, with vLLM's extras, their types and ranges.
+
+Owns the OpenAI dialect's table and defaults; what the checks do stands in `fields`. Fields that do not change the
+answer (user, metadata, store, …) are known and left alone; what would change it and is not supported is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ovms_lora.server import inputs
+from ovms_lora.server.fields import (
+    INT64_MAX,
+    UINT32_MAX,
+    Check,
+    Field,
+    Table,
+    Together,
+    Values,
+    an_object,
+    array,
+    at_least,
+    boolean,
+    given,
+    integer,
+    items,
+    number,
+    text,
+    that,
+    unsupported,
+    within,
+)
+from ovms_lora.server.sampling import SamplingDefaults
+
+MAX_N = 128
+MAX_LOGIT_BIAS = 300
+
+_NO_ADAPTERS = "{} is not supported when no dynamic LoRA adapters are available."
+
+
+def _number(name: str, low: float, high: float) -> Field:
+    message = f"{name} must be between {low} and {high}"
+    return Field(name, number(f"{name} must be a number"), within(low, high, message))
+
+
+def _integer(name: str, low: int, high: int = UINT32_MAX) -> Field:
+    message = f"{name} must be between {low} and {high}"
+    return Field(name, integer(f"{name} must be an integer"), within(low, high, message))
+
+
+def _boolean(name: str) -> Field:
+    return Field(name, boolean(f"{name} must be true or false"))
+
+
+def _ignored(*names: str) -> tuple[Field, ...]:
+    return tuple(Field(name) for name in names)
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise ValueError("logit_bias must be an object")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias must have no more than {MAX_LOGIT_BIAS} entries")
+    check: Check = number("logit_bias values must be numbers")
+    bias: dict[int, float] = {}
+    for token, strength in value.items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 10):
+            raise ValueError("logit_bias keys must be token ids")
+        if not -100 <= check(strength) <= 100:
+            raise ValueError("logit_bias values must be between -100 and 100")
+        bias[int(token)] = float(strength)
+    return bias
+
+
+def _asked_tokens(values: Values) -> int:
+    given_ones = [values[name] for name in ("max_completion_tokens", "max_tokens") if name in values]
+    return given_ones[0] if given_ones else 0
+
+
+_COMMON = (
+    _boolean("stream"),
+    Field("stream_options", inputs.stream_options("include_usage", "continuous_usage_stats")),
+    _integer("max_tokens", 0),
+    _number("temperature", 0, 2),
+    Field(
+        "top_p",
+        number("top_p must be a number"),
+        that(lambda value: 0 < value <= 1, "top_p must be in (0, 1]"),
+    ),
+    _number("frequency_penalty", -2, 2),
+    _number("presence_penalty", -2, 2),
+    _integer("n", 1, MAX_N),
+    _integer("seed", -INT64_MAX - 1, INT64_MAX),
+    Field("stop", inputs.stop_strings),
+    Field("logit_bias", _logit_bias),
+    # vLLM's extras
+    _integer("top_k", -1),
+    _number("min_p", 0, 1),
+    Field(
+        "repetition_penalty",
+        number("repetition_penalty must be a number"),
+        that(lambda value: value > 0, "repetition_penalty must be greater than zero"),
+    ),
+    Field("length_penalty", number("length_penalty must be a number")),
+    _integer("min_tokens", 0),
+    Field(
+        "stop_token_ids",
+        array("stop_token_ids must be an array"),
+        items(integer("stop_token_ids must hold integers")),
+        items(at_least(0, "stop_token_ids must not be negative")),
+    ),
+    _boolean("ignore_eos"),
+    _boolean("skip_special_tokens"),
+    _boolean("include_stop_str_in_output"),
+    _integer("prompt_logprobs", 0, 20),
+    _boolean("add_special_tokens"),
+    Field("cache_salt", text("cache_salt must be a string")),
+    Field("response_format", inputs.response_format),
+    Field("lora_alphas", inputs.lora_alphas),
+    Field("lora", array("lora must be an array")),
+    _integer("best_of", 1),
+    # What would change the answer, and cannot yet
+    unsupported("structured_outputs"),
+    unsupported("guided_json"),
+    unsupported("guided_regex"),
+    unsupported("guided_choice"),
+    unsupported("guided_grammar"),
+    unsupported("use_beam_search", False),
+    unsupported("bad_words", []),
+    unsupported("allowed_token_ids"),
+    unsupported("truncate_prompt_tokens"),
+    unsupported("logits_processors", []),
+    unsupported("return_tokens_as_token_ids", False),
+    unsupported("spaces_between_special_tokens", True),
+    *_ignored("user", "request_id", "priority"),
+)
+
+_COMPLETIONS = (
+    Field("prompt", inputs.prompts, null=False),
+    _integer("logprobs", 0, 20),
+    _boolean("echo"),
+    unsupported("suffix", ""),
+    unsupported("prompt_embeds"),
+)
+
+_CHAT = (
+    Field("messages", inputs.messages, null=False),
+    _integer("max_completion_tokens", 0),
+    _boolean("logprobs"),
+    _integer("top_logprobs", 0, 20),
+    Field("tools", inputs.tools),
+    Field("tool_choice", inputs.tool_choice),
+    Field("chat_template_kwargs", an_object("chat_template_kwargs must be an object")),
+    Field("reasoning_effort", text("reasoning_effort must be a string")),
+    _boolean("add_generation_prompt"),
+    unsupported("chat_template"),
+    unsupported("continue_final_message", False),
+    unsupported("echo", False),
+    unsupported("functions", []),
+    unsupported("function_call", "none", "auto"),
+    unsupported("audio"),
+    unsupported("modalities", ["text"]),
+    unsupported("documents", []),
+    unsupported("web_search_options"),
+    *_ignored(
+        "metadata", "store", "service_tier", "parallel_tool_calls", "prediction", "safety_identifier",
+        "prompt_cache_key", "verbosity",
+    ),
+)  # fmt: skip
+
+_COMMON_TOGETHER = (
+    Together(
+        "stream_options",
+        lambda v, _: "stream_options" in v and not v.get("stream"),
+        "Stream options can only be defined when `stream=True`.",
+    ),
+    Together(
+        "max_tokens",
+        lambda v, limits: limits.max_tokens_limit is not None and _asked_tokens(v) > limits.max_tokens_limit,
+        "max_tokens must not be greater than {limits.max_tokens_limit}",
+    ),
+    Together("lora_alphas", given("lora_alphas"), _NO_ADAPTERS.format("lora_alphas")),
+    Together("lora", given("lora"), _NO_ADAPTERS.format("lora")),
+    # What the engine does not do yet: refused by name, never dropped.
+    Together("best_of", lambda v, _: v.get("best_of", 1) > v.get("n", 1), "best_of greater than n is not supported"),
+    Together(
+        "response_format",
+        lambda v, _: v.get("response_format", {}).get("type", "text") != "text",
+        "response_format other than text is not supported",
+    ),
+)
+
+_COMPLETIONS_TOGETHER = (
+    Together("prompt", lambda v, _: "prompt" not in v, "prompt is missing"),
+    *_COMMON_TOGETHER,
+    Together(
+        "max_tokens",
+        lambda v, _: v.get("max_tokens") == 0 and not v.get("echo") and "prompt_logprobs" not in v,
+        "max_tokens must be at least 1 unless echo is set",
+    ),
+    Together(
+        "prompt_logprobs",
+        lambda v, _: "prompt_logprobs" in v and bool(v.get("stream")),
+        "prompt_logprobs is not available with stream",
+    ),
+)
+
+_CHAT_TOGETHER = (
+    Together("messages", lambda v, _: "messages" not in v, "messages is missing"),
+    *_COMMON_TOGETHER,
+    Together(
+        "max_tokens",
+        lambda v, _: v.get("max_completion_tokens", v.get("max_tokens")) == 0,
+        "max_tokens must be at least 1",
+    ),
+    Together(
+        "top_logprobs",
+        lambda v, _: v.get("top_logprobs", 0) > 0 and not v.get("logprobs"),
+        "when using `top_logprobs`, `logprobs` must be set to true.",
+    ),
+    Together("prompt_logprobs", given("prompt_logprobs"), "prompt_logprobs is not supported for chat completions"),
+    Together(
+        "tool_choice",
+        lambda v, _: v.get("tool_choice", "auto") not in ("auto", "none"),
+        "tool_choice other than auto and none is not supported",
+    ),
+)
+
+COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)
+CHAT = Table((*_COMMON, *_CHAT), _CHAT_TOGETHER)
+
+DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False)

@@ -1,0 +1,135 @@
+import json
+
+import pytest
+
+from ovms_lora.core.config import EngineOptions
+from ovms_lora.core.errors import ModelFolderError
+from ovms_lora.core.graph_pbtxt import parse_graph, render_graph
+
+# As OVMS's own exporter writes it: spaces in the type's name, colons before braces, commas, single quotes.
+OVMS_GRAPH = """
+input_stream: "HTTP_REQUEST_PAYLOAD:input"
+output_stream: "HTTP_RESPONSE_PAYLOAD:output"
+node: {
+  name: "LLMExecutor"
+  calculator: "HttpLLMCalculator"
+  input_stream: "LOOPBACK:loopback"
+  input_stream: "HTTP_REQUEST_PAYLOAD:input"
+  input_side_packet: "LLM_NODE_RESOURCES:llm"
+  output_stream: "LOOPBACK:loopback"
+  output_stream: "HTTP_RESPONSE_PAYLOAD:output"
+  input_stream_info: { tag_index: 'LOOPBACK:0', back_edge: true }
+  node_options: {
+    [type.googleapis.com / mediapipe.LLMCalculatorOptions]: {
+      models_path: "./model",
+      plugin_config: '{"KV_CACHE_PRECISION": "u8"}',
+      cache_size: 10,
+      # a remark
+      max_num_batched_tokens: 512,
+      OPTION
+    }
+  }
+  input_stream_handler {
+    input_stream_handler: "SyncSetInputStreamHandler",
+    options { [mediapipe.SyncSetInputStreamHandlerOptions.ext] { sync_set { tag_index: "LOOPBACK:0" } } }
+  }
+}
+"""
+
+
+def graph(option: str = "") -> str:
+    return OVMS_GRAPH.replace("OPTION", option)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        EngineOptions(),
+        EngineOptions(
+            device="HETERO:GPU,CPU",
+            plugin_config={"INFERENCE_PRECISION_HINT": "f32", "quote": 'a "b" \\ ü'},
+            cache_size=3,
+            max_num_seqs=17,
+            max_num_batched_tokens=1024,
+            dynamic_split_fuse=False,
+            enable_prefix_caching=False,
+            best_of_limit=4,
+            max_tokens_limit=100,
+            tool_parser="hermes3",
+            reasoning_parser="qwen3",
+            enable_tool_guided_generation=True,
+            generation_config_path="other.json",
+        ),
+    ],
+)
+def test_what_is_written_is_read_back(options: EngineOptions) -> None:
+    graph = parse_graph(render_graph(options, models_path="../model"))
+    assert (graph.models_path, graph.options) == ("../model", options)
+
+
+def test_a_written_graph_has_what_ovms_looks_for() -> None:
+    text = render_graph(EngineOptions())
+    for part in (
+        'calculator: "HttpLLMCalculator"',
+        'name: "LLMExecutor"',
+        'input_side_packet: "LLM_NODE_RESOURCES:llm"',
+        "[type.googleapis.com/mediapipe.LLMCalculatorOptions]",
+        "[mediapipe.SyncSetInputStreamHandlerOptions.ext]",
+        'models_path: "./"',
+        "back_edge: true",
+    ):
+        assert part in text
+
+
+def test_a_graph_of_ovms_is_read_with_ovms_defaults() -> None:
+    graph_ = parse_graph(graph())
+    assert graph_.models_path == "./model"
+    assert graph_.options == EngineOptions(
+        plugin_config={"KV_CACHE_PRECISION": "u8"},
+        cache_size=10,
+        max_num_batched_tokens=512,
+        enable_prefix_caching=False,
+    )
+
+
+def test_the_older_response_parser_is_the_tool_parser() -> None:
+    assert parse_graph(graph('response_parser: "hermes3"')).options.tool_parser == "hermes3"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        'draft_models_path: "./draft"',
+        "pipeline_type: LM_CB",
+        "block_size: 32",
+        "cache_eviction_config { aggregation_mode: SUM start_size: 32 recent_size: 64 max_cache_size: 128 }",
+        "sparse_attention_config { mode: XATTENTION xattention_threshold: 0.8 }",
+        "chat_template_mode: MINJA",
+    ],
+)
+def test_options_that_change_no_answer_are_let_pass(option: str) -> None:
+    assert parse_graph(graph(option)).options == parse_graph(graph()).options
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (graph("cash_size: 1"), 'line 20:7 .*no field named "cash_size"'),
+        (graph("cache_size: many"), "line 20"),
+        (graph("cache_size: -1"), "line 20"),
+        (graph("max_num_seqs: 0"), "max_num_seqs must be at least 1"),
+        (graph("pipeline_type: VLM"), "pipeline_type VLM"),
+        (graph('models_path: "./twice"'), 'line 20.*"models_path"'),
+        (graph().replace('models_path: "./model",', ""), "no models_path"),
+        (graph().replace("HttpLLM", "Embeddings"), "no nodes with calculator HttpLLMCalculator"),
+        (graph().replace('u8"}', 'u8"'), "plugin_config is not JSON"),
+        (graph().replace('{"KV_CACHE_PRECISION": "u8"}', json.dumps([1])), "plugin_config must be a JSON object"),
+        (graph() + "}", "line 28"),
+        ("node { calculator: 'HttpLLMCalculator' }", "must give the LLM node one"),
+        ("", "no nodes"),
+        ("\0\1", "line 1"),
+    ],
+)
+def test_a_graph_that_cannot_be_served_is_refused_with_its_place(text: str, message: str) -> None:
+    with pytest.raises(ModelFolderError, match=message):
+        parse_graph(text)

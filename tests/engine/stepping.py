@@ -1,0 +1,141 @@
+"""Drives a scheduler over a FakeRunner without an engine, and checks every step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from ovms_lora.core.request import GenerationRequest
+from ovms_lora.engine.block_pool import BlockPool
+from ovms_lora.engine.sampler import Sampler
+from ovms_lora.engine.scheduler import Chunk, Scheduler, SchedulerLimits
+from ovms_lora.engine.sequence import Sequence, SequenceStatus
+from tests.fakes import FakeRunner
+
+
+class MoodyResidency:
+    """Refuses as often as it was told to, and knows who holds adapters."""
+
+    def __init__(self) -> None:
+        self.refusals = 0
+        self.held: list[Sequence] = []
+
+    def acquire(self, sequence: Sequence) -> bool:
+        if self.refusals:
+            self.refusals -= 1
+            return False
+        self.held.append(sequence)
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        self.held.remove(sequence)
+
+
+class Stepper:
+    """One scheduler, pool and fake device."""
+
+    def __init__(self, limits: SchedulerLimits, *, num_blocks: int, block_size: int) -> None:
+        self.limits = limits
+        self.pool = BlockPool(num_blocks, block_size)
+        self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size)
+        self.residency = MoodyResidency()
+        self.scheduler = Scheduler(self.pool, limits, self.residency)
+        self.sampler = Sampler()
+        self.finished: list[Sequence] = []
+
+    def add(self, request: GenerationRequest) -> list[Sequence]:
+        sequences = [Sequence(request, index) for index in range(request.sampling.n)]
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        return sequences
+
+    def step(self) -> list[Chunk]:
+        """Schedule, run and sample once; end sequences that have all their tokens."""
+        chunks = self.scheduler.schedule()
+        self.check_plan(chunks)
+        logits = self.runner.run(chunks)
+        self.scheduler.computed(chunks)
+        ends = np.cumsum([chunk.num_sampled for chunk in chunks], dtype=np.int64)
+        assert len(logits) == (ends[-1] if chunks else 0)
+        rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        for sequence, sampled in zip(sampling, self.sampler.sample(logits[rows], sampling), strict=True):
+            assert sampled is not None
+            sequence.token_ids.append(sampled.token_id)
+            if sequence.num_output == sequence.request.sampling.max_tokens:
+                self.scheduler.finish(sequence)
+                self.finished.append(sequence)
+        self.check_books()
+        return chunks
+
+    def run_to_the_end(self) -> int:
+        """Step until nothing is left, in no more steps than the work can need; return their number."""
+        live = [*self.scheduler.waiting, *self.scheduler.running]
+        bound = (
+            64 + self.residency.refusals + 2 * sum(s.num_tokens + (s.request.sampling.max_tokens or 0) for s in live)
+        )
+        steps = 0
+        while self.scheduler.has_work:
+            assert steps < bound, "a sequence starves"
+            self.step()
+            steps += 1
+        return steps
+
+    def check_plan(self, chunks: Seq[Chunk]) -> None:
+        limits, size = self.limits, self.pool.block_size
+        assert len(self.scheduler.running) <= limits.max_num_seqs
+        total = sum(chunk.count for chunk in chunks)
+        assert total <= limits.max_num_batched_tokens or (len(chunks) == 1 and not limits.split_prefill)
+        assert len({chunk.sequence for chunk in chunks}) == len(chunks)
+        for chunk in chunks:
+            sequence, end = chunk.sequence, chunk.start + chunk.count
+            assert sequence.status is SequenceStatus.RUNNING
+            assert chunk.start == sequence.num_computed
+            assert chunk.start < end <= sequence.num_tokens
+            assert len(sequence.blocks) * size >= end
+            assert all(self.pool.references(block) == 1 for block in sequence.blocks[chunk.start // size :])
+            if not limits.split_prefill:
+                assert end == sequence.num_tokens
+
+    def check_books(self) -> None:
+        scheduler, pool = self.scheduler, self.pool
+        for block in range(pool.num_blocks):
+            holders = sum(sequence.blocks.count(block) for sequence in scheduler.running)
+            assert pool.references(block) == holders
+        assert pool.num_free == sum(pool.references(block) == 0 for block in range(pool.num_blocks))
+        assert all(not sequence.blocks for sequence in [*scheduler.waiting, *self.finished])
+        arrivals = [sequence.arrival for sequence in scheduler.waiting]
+        assert arrivals == sorted(arrivals)
+        assert sorted(s.arrival for s in self.residency.held) == sorted(s.arrival for s in scheduler.running)
+
+
+def tokens_alone(request: GenerationRequest, index: int) -> list[int]:
+    """Return what a sequence gives when it is alone on a device with room for everything."""
+    return list(_all_alone(_Hashable(request))[index])
+
+
+class _Hashable:
+    def __init__(self, request: GenerationRequest) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.key = (request.prompt_token_ids, sampling.seed, sampling.temperature, sampling.max_tokens, sampling.n)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _all_alone(hashable: _Hashable) -> list[list[int]]:
+    answers = []
+    for index in range(hashable.request.sampling.n):
+        stepper = Stepper(SchedulerLimits(prefix_caching=False), num_blocks=64, block_size=4)
+        sequence = Sequence(hashable.request, index)
+        stepper.scheduler.add(sequence)
+        stepper.run_to_the_end()
+        answers.append(sequence.output_token_ids)
+    return answers

@@ -1,0 +1,252 @@
+"""The scheduler over a fake device: nothing lost, nothing shared wrongly, nobody starved, the same tokens always."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from ovms_lora.core.request import AdapterUse, GenerationRequest
+from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.engine.scheduler import NoAdapters, SchedulerLimits
+from ovms_lora.engine.sequence import Sequence, SequenceStatus
+from tests.engine.stepping import Stepper, tokens_alone
+
+LETTERS = [ord("a"), ord("b")]
+
+
+def request(
+    name: str = "r", prompt: list[int] | None = None, *, length: int = 4, adapter: str = "", salt: str = "", **kw: Any
+) -> GenerationRequest:
+    sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 4, **kw})
+    adapters = (AdapterUse(adapter),) if adapter else ()
+    return GenerationRequest(name, tuple(prompt or [97] * length), sampling, adapters, salt)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random requests over a pool that is too small for them; after every rule the books are right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cancelled: set[Sequence] = set()
+        self.all: list[Sequence] = []
+
+    @initialize(
+        num_blocks=st.integers(2, 8),
+        block_size=st.integers(2, 4),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(1, 12),
+        split=st.booleans(),
+        caching=st.booleans(),
+    )
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, split: bool, caching: bool
+    ) -> None:
+        limits = SchedulerLimits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            split_prefill=split,
+            prefix_caching=caching,
+            max_bypasses=2,
+        )
+        self.stepper = Stepper(limits, num_blocks=num_blocks, block_size=block_size)
+
+    @rule(data=st.data(), n=st.integers(1, 3), seed=st.none() | st.integers(0, 3), asks_prompt=st.booleans())
+    def add(self, data: st.DataObject, n: int, seed: int | None, asks_prompt: bool) -> None:
+        room = self.stepper.pool.num_blocks * self.stepper.pool.block_size
+        prompt = data.draw(st.lists(st.sampled_from(LETTERS), min_size=1, max_size=room - 1))
+        max_tokens = data.draw(st.integers(1, room - len(prompt)))
+        temperature = 0.0 if seed is None else 1.0
+        self.all += self.stepper.add(
+            request(
+                prompt=prompt,
+                n=n,
+                seed=seed,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                prompt_logprobs=0 if asks_prompt else None,
+            )
+        )
+
+    @rule(count=st.integers(1, 3))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            chunks = self.stepper.step()
+            assert chunks or not self.stepper.scheduler.has_work or self.stepper.scheduler.waiting
+
+    @rule(refusals=st.integers(1, 6))
+    def have_no_room_for_adapters(self, refusals: int) -> None:
+        self.stepper.residency.refusals = refusals
+
+    @precondition(lambda self: self.stepper.scheduler.has_work)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        scheduler = self.stepper.scheduler
+        sequence = data.draw(st.sampled_from([*scheduler.waiting, *scheduler.running]))
+        scheduler.finish(sequence)
+        self.cancelled.add(sequence)
+        self.stepper.check_books()
+
+    @rule()
+    def finish_all(self) -> None:
+        self.stepper.run_to_the_end()
+        assert self.stepper.pool.num_free == self.stepper.pool.num_blocks
+        for sequence in self.all:
+            assert sequence.status is SequenceStatus.FINISHED
+            if sequence not in self.cancelled:
+                assert sequence.output_token_ids == tokens_alone(sequence.request, sequence.index)
+        self.all.clear()
+
+    def teardown(self) -> None:
+        if hasattr(self, "stepper"):
+            self.finish_all()
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+
+
+def stepper(*, num_blocks: int = 16, block_size: int = 4, **limits: Any) -> Stepper:
+    return Stepper(SchedulerLimits(**limits), num_blocks=num_blocks, block_size=block_size)
+
+
+def test_preempted_sequences_end_with_the_tokens_they_have_alone() -> None:
+    tight = stepper(num_blocks=5)
+    for number in range(4):
+        tight.add(request(prompt=[97 + number] * 3, max_tokens=15))
+    tight.run_to_the_end()
+    assert tight.scheduler.num_preemptions > 0
+    assert len(tight.finished) == 4
+    for sequence in tight.finished:
+        assert sequence.output_token_ids == tokens_alone(sequence.request, 0)
+
+
+def test_the_youngest_is_preempted_and_the_oldest_ends_first() -> None:
+    tight = stepper(num_blocks=4)
+    first, second = (tight.add(request(prompt=[letter] * 4, max_tokens=12))[0] for letter in LETTERS)
+    while not tight.scheduler.num_preemptions:
+        tight.step()
+    assert second.status is SequenceStatus.WAITING
+    tight.run_to_the_end()
+    assert tight.finished == [first, second]
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_computed_in_chunks() -> None:
+    mixed = stepper(max_num_batched_tokens=4)
+    short = mixed.add(request(length=2, max_tokens=12))[0]
+    mixed.step()
+    long = mixed.add(request(prompt=[98] * 12))[0]
+    plans = [[(chunk.sequence, chunk.count) for chunk in mixed.step()] for _ in range(4)]
+    assert plans == [[(short, 1), (long, 3)]] * 4
+
+
+def test_an_unsplit_prompt_longer_than_the_budget_runs_alone() -> None:
+    whole = stepper(max_num_batched_tokens=4, split_prefill=False)
+    short, long = whole.add(request(length=2, max_tokens=2)) + whole.add(request(prompt=[98] * 10))
+    plans = [[(chunk.sequence, chunk.count) for chunk in whole.step()] for _ in range(3)]
+    assert plans == [[(short, 2)], [(short, 1)], [(long, 10)]]
+
+
+def test_a_known_prefix_is_computed_once() -> None:
+    caching = stepper()
+    caching.add(request(length=10))
+    caching.run_to_the_end()
+    (again,) = caching.add(request(length=10))
+    (chunk,) = caching.step()
+    assert (chunk.start, chunk.count, again.num_cached) == (8, 2, 8)
+    assert (caching.scheduler.prefix_queries, caching.scheduler.prefix_hits) == (20, 8)
+
+
+def test_the_last_token_of_a_known_prompt_is_still_computed() -> None:
+    caching = stepper()
+    caching.add(request(length=8))
+    caching.run_to_the_end()
+    caching.add(request(length=8))
+    (chunk,) = caching.step()
+    assert (chunk.start, chunk.count, chunk.num_sampled) == (4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"adapter": "x"}),
+        ({"adapter": "x"}, {"adapter": "y"}),
+        ({"salt": "a"}, {"salt": "b"}),
+        ({"salt": "x"}, {"adapter": "x"}),
+        ({}, {"prompt_logprobs": 0}),
+    ],
+)
+def test_a_prefix_is_not_shared_between(first: dict[str, Any], second: dict[str, Any]) -> None:
+    caching = stepper()
+    caching.add(request(length=10, **first))
+    caching.run_to_the_end()
+    (other,) = caching.add(request(length=10, **second))
+    caching.step()
+    assert other.num_cached == 0
+
+
+def test_a_prefix_is_not_shared_between_strengths_of_one_adapter() -> None:
+    keys = []
+    for alpha in (1.0, 0.5, 1):
+        used = GenerationRequest("r", (97,) * 4, SamplingParams(), (AdapterUse("x", alpha),))
+        keys.append(Sequence(used, 0).prefix_keys(1, 4)[0])
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]
+
+
+def test_what_a_preempted_sequence_finds_again_does_not_count_as_cached() -> None:
+    tight = stepper(num_blocks=5)
+    for number in range(3):
+        tight.add(request(prompt=[97 + number] * 4, max_tokens=12))
+    tight.run_to_the_end()
+    assert tight.scheduler.num_preemptions > 0
+    assert {sequence.num_cached for sequence in tight.finished} == {0}
+
+
+def test_a_sequence_without_room_for_its_adapters_is_passed_by_only_so_often() -> None:
+    refusing = stepper(max_num_seqs=2, max_bypasses=2)
+    (blocked,) = refusing.add(request(adapter="x"))
+    admitted = []
+    for _ in range(4):
+        refusing.residency.refusals = 1
+        (younger,) = refusing.add(request(max_tokens=1))
+        refusing.step()
+        admitted.append(younger.status is SequenceStatus.FINISHED)
+    assert admitted == [True, True, False, False]
+    refusing.run_to_the_end()
+    assert blocked.status is SequenceStatus.FINISHED
+
+
+def test_a_prompt_that_fills_the_pool_can_wait_and_run() -> None:
+    full = stepper(num_blocks=2)
+    full.add(request(length=7, max_tokens=1))
+    assert full.run_to_the_end() == 1
+    (whole,) = full.add(request(length=8, max_tokens=1))
+    full.run_to_the_end()
+    assert whole.status is SequenceStatus.FINISHED
+
+
+def test_blocks_of_a_step_that_was_never_computed_are_not_remembered() -> None:
+    failing = stepper()
+    (sequence,) = failing.add(request(length=8))
+    failing.scheduler.schedule()
+    failing.scheduler.finish(sequence)
+    assert failing.pool.num_cached == 0
+    assert failing.pool.num_free == 16
+
+
+def test_a_finished_sequence_does_not_come_back() -> None:
+    sequence = Sequence(request(), 0)
+    sequence.move_to(SequenceStatus.FINISHED)
+    with pytest.raises(AssertionError):
+        sequence.move_to(SequenceStatus.RUNNING)
+
+
+def test_a_model_without_adapters_has_room_for_none() -> None:
+    residency = NoAdapters()
+    assert residency.acquire(Sequence(request(), 0))
+    with pytest.raises(AssertionError):
+        residency.acquire(Sequence(request(adapter="x"), 0))

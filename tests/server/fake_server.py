@@ -1,0 +1,25 @@
+"""`ovms-lora` with fake models: what a test starts as a process of its own.
+
+Each step takes `STEP_SECONDS` of the environment, so that a test can do something in the middle of a stream.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import ovms_lora.engine.model
+from ovms_lora import cli
+from tests.fakes import FakeRunner
+from tests.server.serving import FakeModels
+
+
+def runner() -> FakeRunner:
+    seconds = float(os.environ.get("STEP_SECONDS", "0"))
+    return FakeRunner(num_blocks=1024, before_step=lambda _: time.sleep(seconds))
+
+
+if __name__ == "__main__":
+    ovms_lora.engine.model.load_model = FakeModels(runner=runner, max_model_len=2048)  # type: ignore[assignment]
+    sys.exit(cli.main())

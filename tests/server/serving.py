@@ -1,0 +1,155 @@
+"""Servers for tests: the real engine on the fake runner, behind the real application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from ovms_lora.core.config import EngineOptions
+from ovms_lora.core.errors import ModelFolderError, OvmsLoraError
+from ovms_lora.engine.chat import ChatTemplate
+from ovms_lora.engine.engine import Deliver, Engine
+from ovms_lora.engine.model import GenerationDefaults, LoadedModel
+from ovms_lora.server.app import build_app
+from ovms_lora.server.model_source import ConfigFile, ModelSource, SingleModel
+from ovms_lora.server.options import ServerOptions
+from ovms_lora.server.state import ServerState
+from tests.fakes import EOS, FakeRunner, byte_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@dataclass
+class FakeModels:
+    """A `load_model` whose folders are names: each is a model on a fake runner, `broken` ones fail."""
+
+    options: EngineOptions = field(default_factory=lambda: EngineOptions(max_num_batched_tokens=64))
+    defaults: GenerationDefaults = field(default_factory=lambda: GenerationDefaults(eos_token_ids=(EOS,)))
+    template: str | None = TEMPLATE
+    max_model_len: int = 512
+    max_waiting: int = 256
+    runner: Callable[[], FakeRunner] = lambda: FakeRunner(num_blocks=1024)
+    runners: dict[str, FakeRunner] = field(default_factory=dict)
+    engines: list[Engine] = field(default_factory=list)
+
+    def __call__(self, folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, Any]) -> LoadedModel:
+        if "broken" in folder.name:
+            raise ModelFolderError(f"{folder.name} is not a model", hint="export it again")
+        tokenizer = byte_tokenizer()
+        runner = self.runners[folder.name] = self.runner()
+        engine = Engine(
+            runner,
+            tokenizer,
+            self.options,
+            deliver=deliver,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.defaults.eos_token_ids,
+            max_waiting=self.max_waiting,
+        )
+        engine.start()
+        self.engines.append(engine)
+        template = ChatTemplate(self.template) if self.template else None
+        return LoadedModel(folder, engine, tokenizer, template, self.defaults, self.options)
+
+
+def write_config(folder: Path, *names: str) -> Path:
+    """Write a config.json that names models; each lies in a folder of its own name."""
+    entries = [{"config": {"name": name, "base_path": name}} for name in names]
+    path = folder / "config.json"
+    path.write_text(json.dumps({"model_config_list": entries}))
+    return path
+
+
+class Served:
+    """A running application and a client of it."""
+
+    def __init__(
+        self, app: FastAPI, client: httpx.AsyncClient, models: FakeModels, failures: list[OvmsLoraError]
+    ) -> None:
+        self.app = app
+        self.client = client
+        self.models = models
+        self.failures = failures
+
+    @property
+    def state(self) -> ServerState:
+        state: ServerState = self.app.state.server
+        return state
+
+    async def post(self, path: str, **body: Any) -> httpx.Response:
+        return await self.client.post(path, json=body)
+
+    async def text(self, path: str = "/v3/completions", **body: Any) -> str:
+        """Return the text of the first choice, streamed or not."""
+        response = await self.post(path, **body)
+        assert response.status_code == 200, response.text
+        if body.get("stream"):
+            return "".join(piece_of(chunk) for chunk in chunks_of(response.text))
+        choice = response.json()["choices"][0]
+        return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+    async def settled(self) -> None:
+        """Wait until no engine has anything to do."""
+        async with asyncio.timeout(5):
+            while any(e.stats().running + e.stats().waiting for e in self.models.engines):
+                await asyncio.sleep(0.005)
+
+
+def chunks_of(stream: str) -> list[dict[str, Any]]:
+    """Return the events of a complete stream, without `[DONE]`, which must stand at its end."""
+    events = [line.removeprefix("data: ") for line in stream.split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    return [json.loads(event) for event in events[:-1]]
+
+
+def piece_of(chunk: dict[str, Any]) -> str:
+    if not chunk["choices"]:
+        return ""
+    choice = chunk["choices"][0]
+    return str(choice["text"] if "text" in choice else choice["delta"].get("content") or "")
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    models: FakeModels | None = None,
+    *,
+    source: ModelSource | Path | None = None,
+    options: ServerOptions | None = None,
+    wait: bool = True,
+) -> AsyncIterator[Served]:
+    """Run an application in this process; by default with one model named `m`."""
+    models = models or FakeModels()
+    failures: list[OvmsLoraError] = []
+    if source is None:
+        source = SingleModel("m", Path("m"), {})
+    elif isinstance(source, Path):
+        source = ConfigFile(source)
+    options = options or ServerOptions(poll_seconds=0)
+    app = build_app(options, source, models, on_failure=failures.append)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+        served = Served(app, client, models, failures)
+        if wait:
+            async with asyncio.timeout(5):
+                while not served.state.lifecycle.started and not failures:
+                    await asyncio.sleep(0.002)
+        yield served
+
+
+def with_defaults(**values: Any) -> FakeModels:
+    """Return models whose generation_config.json says these things."""
+    return FakeModels(defaults=replace(GenerationDefaults(eos_token_ids=(EOS,)), **values))
+
+
+def token_ids(text: str) -> Sequence[int]:
+    return list(text.encode())
