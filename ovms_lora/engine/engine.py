@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 Deliver = Callable[[Seq[SequenceOutput]], None]
 
 _IDLE_SECONDS = 0.5  # how often an idle engine shows that it is alive
-_UINT32_MAX = 4294967295
+_STOP_SECONDS = 10.0  # longer than any step
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,10 @@ class Engine:
         return self._clock() - self._beat
 
     def stop(self, *, drain_seconds: float = 0.0) -> None:
-        """Take no more requests, let those that run end for `drain_seconds`, end the rest, and join the thread."""
+        """Take no more requests, let those that run end for `drain_seconds`, end the rest, and join the thread.
+
+        A step that hangs in the device is left behind: its daemon thread ends with the process.
+        """
         with self._wake:
             self._draining = True
             self._wake.notify()
@@ -173,7 +176,9 @@ class Engine:
             self._abort = True
             self._wake.notify()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(_STOP_SECONDS)
+            if self._thread.is_alive():
+                log.error("the engine did not stop within %.0f s", _STOP_SECONDS)
 
     def _loop(self) -> None:
         try:

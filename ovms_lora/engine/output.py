@@ -111,11 +111,10 @@ class OutputProcessor:
     def _ending(self, sequence: Sequence, token_id: int) -> _Ending:
         sampling = sequence.request.sampling
         if sequence.num_output >= sampling.min_tokens:
-            hidden = not sampling.include_stop_str_in_output
             if token_id in self._eos and not sampling.ignore_eos:
-                return _Ending(FinishReason.STOP, hides_token=hidden)
+                return _Ending(FinishReason.STOP, hides_token=True)
             if token_id in sampling.stop_token_ids:
-                return _Ending(FinishReason.STOP, token_id, hides_token=hidden)
+                return _Ending(FinishReason.STOP, token_id, hides_token=not sampling.include_stop_str_in_output)
         if sampling.max_tokens is not None and sequence.num_output >= sampling.max_tokens:
             return _Ending(FinishReason.LENGTH)
         if sequence.num_tokens >= self._max_model_len:

@@ -34,7 +34,9 @@ def write_ir(model: PreTrainedModel, folder: Path, weight_format: WeightFormat, 
     from optimum.intel.openvino.configuration import OVConfig
 
     if weight_format is WeightFormat.BF16:
-        model.to(torch.bfloat16)
+        # Parameters only: model.to() would round the rotary frequencies too, which are a buffer kept in float32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
     if weight_format.compressed:
         config = OVConfig(quantization_config=_compression(weight_format))
     else:

@@ -7,8 +7,11 @@ Does not know: what makes an adapter good, which `ovms_lora.adapters` says.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
@@ -46,7 +49,8 @@ def find_runtime_adapter(wanted: RuntimeSource, repository: Path, *, overwrite: 
     """Find and check an adapter. Raises ExportError or AdapterError, naming the alias."""
     folder = find_folder(wanted.source, "adapter", _FILES)
     try:
-        rank = inspect_adapter(folder).max_rank
+        with _without_links(folder) as plain:
+            rank = inspect_adapter(plain).max_rank
     except AdapterError as error:
         raise _named(wanted.alias, error) from error
     adapter = RuntimeAdapter(wanted.alias, folder, wanted.alpha, rank)
@@ -86,6 +90,20 @@ def rank_beyond_default(adapters: tuple[RuntimeAdapter, ...]) -> int | None:
     """Return the largest rank if the server's default `max_lora_rank` is below it."""
     rank = max((adapter.rank for adapter in adapters), default=0)
     return rank if rank > LoraOptions().max_lora_rank else None
+
+
+@contextmanager
+def _without_links(folder: Path) -> Iterator[Path]:
+    """Give the folder, or a copy if its files are links: the hub's cache is made of them, and a server follows none."""
+    files = [folder / name for name in _FILES]
+    if not any(path.is_symlink() for path in files):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="ovms-lora-") as copy:
+        for path in files:
+            if path.is_file():
+                shutil.copyfile(path, Path(copy, path.name))
+        yield Path(copy)
 
 
 def _same(one: Path, other: Path) -> bool:

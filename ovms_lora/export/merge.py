@@ -42,7 +42,11 @@ def load_model(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fa
     _refuse_remote_code(folder, trust_remote_code=trust_remote_code)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (*_LIBRARY_ERRORS, OSError) as error:
         raise ExportError(f"{folder} cannot be loaded: {first_line(error)}") from error

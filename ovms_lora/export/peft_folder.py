@@ -45,7 +45,7 @@ class PeftFolder:
 
 def find_adapter(given: str, weight: float = 1.0) -> PeftFolder:
     """Find an adapter folder, on disk or on the hub. Raises ExportError with what is wrong with it."""
-    path = find_folder(given, "adapter", (CONFIG, WEIGHTS, "adapter_model.bin"))
+    path = find_folder(given, "adapter", (CONFIG, WEIGHTS))
     if not (path / CONFIG).is_file():
         raise ExportError(f"{given} is not an adapter: it has no {CONFIG}", hint="an adapter is what PEFT saves")
     config = read_json(path / CONFIG)

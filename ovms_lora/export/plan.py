@@ -183,7 +183,7 @@ def _recipe(
     progress: ExportProgress,
 ) -> Recipe:
     with progress.step("hash", request.source_model, total=source.size) as step:
-        record = SourceRecord(source=source.given, digest=files_digest(source.files, source.root, step.advance))
+        record = SourceRecord(source=source.given, digest=source.digest(step.advance))
     return Recipe(
         source=record,
         weight_format=request.weight_format,

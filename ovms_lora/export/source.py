@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
 from ovms_lora.core.errors import ExportError
+from ovms_lora.export.digests import file_digest, files_digest
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _PATTERNS: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -50,10 +52,11 @@ class Source:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.files)
 
-    @property
-    def root(self) -> Path:
-        """The folder that file names are relative to."""
-        return self.path.parent if self.kind is SourceKind.GGUF else self.path
+    def digest(self, advance: Callable[[int], None]) -> str:
+        """Return the identity of the content, wherever it lies; `advance` is told the bytes read."""
+        if self.kind is SourceKind.GGUF:
+            return file_digest(self.path, advance)
+        return files_digest(self.files, self.path, advance)
 
     @property
     def default_name(self) -> str:

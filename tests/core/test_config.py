@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ovms_lora.core.config import EngineOptions, parse_server_config, read_server_config
+from ovms_lora.core.config import EngineOptions, ModelEntry, parse_server_config, read_server_config
 from ovms_lora.core.errors import ConfigError
 
 ADAPTER = {"alias": "sql", "path": "loras/sql"}
@@ -152,6 +152,11 @@ def test_a_bad_config_is_refused_with_its_cause(document: str, cause: str) -> No
         parse_server_config(document)
     assert cause in refused.value.message
     assert "\n" not in refused.value.message
+
+
+def test_a_model_by_itself_refuses_a_name_used_twice() -> None:
+    with pytest.raises(ConfigError, match="the name 'sql' is used twice"):
+        ModelEntry.model_validate(entry(lora_adapters=[ADAPTER, ADAPTER])["config"])
 
 
 def test_a_file_is_read_and_named_in_errors(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -13,6 +14,17 @@ from ovms_lora.engine.sampler import Sampler
 from ovms_lora.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from ovms_lora.engine.sequence import Sequence, SequenceStatus
 from tests.fakes import FakeRunner
+
+
+class ContextRunner(FakeRunner):
+    """A fake whose slots depend, as keys and values do, on all tokens before them and on the adapters."""
+
+    def _write(self, chunk: Chunk) -> None:
+        sequence, size = chunk.sequence, self.block_size
+        for position in range(chunk.start, chunk.start + chunk.count):
+            before = self._read(chunk, position)[-1:] or sequence.request.adapters
+            value = zlib.crc32(repr((before, sequence.token_ids[position])).encode())
+            self._cache[sequence.blocks[position // size], position % size] = value
 
 
 class MoodyResidency:
@@ -39,7 +51,7 @@ class Stepper:
     def __init__(self, limits: SchedulerLimits, *, num_blocks: int, block_size: int) -> None:
         self.limits = limits
         self.pool = BlockPool(num_blocks, block_size)
-        self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size)
+        self.runner = ContextRunner(num_blocks=num_blocks, block_size=block_size)
         self.residency = MoodyResidency()
         self.scheduler = Scheduler(self.pool, limits, self.residency)
         self.sampler = Sampler()
@@ -120,7 +132,8 @@ class _Hashable:
     def __init__(self, request: GenerationRequest) -> None:
         sampling = request.sampling
         self.request = request
-        self.key = (request.prompt_token_ids, sampling.seed, sampling.temperature, sampling.max_tokens, sampling.n)
+        chosen_by = (sampling.seed, sampling.temperature, sampling.max_tokens, sampling.n)
+        self.key = (request.prompt_token_ids, request.adapters, *chosen_by)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Hashable) and self.key == other.key

@@ -88,7 +88,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
 
 TestBlockPool = BlockPoolMachine.TestCase
-TestBlockPool.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestBlockPool.settings = settings(max_examples=80, stateful_step_count=30)
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2)])

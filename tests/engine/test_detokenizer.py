@@ -58,7 +58,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=REPL
 
 
 @given(prompt=TEXTS, text=TEXTS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_bytes_one_by_one_give_the_whole_text(prompt: str, text: str) -> None:
     pieces = pieces_of(BYTES, list(prompt.encode()), list(text.encode()))
     assert "".join(pieces) == text
@@ -68,13 +68,13 @@ def test_bytes_one_by_one_give_the_whole_text(prompt: str, text: str) -> None:
 @given(
     tokens=st.lists(st.sampled_from([*b"a\x80\xbf\xc3\xe4\xbd\xa0\xf0\x9f\x98\xff"]) | st.integers(0, 255), max_size=16)
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_bytes_that_are_no_text_give_what_the_whole_gives(tokens: list[int]) -> None:
     assert "".join(pieces_of(BYTES, [], tokens)) == bytes(tokens).decode(errors="replace")
 
 
 @given(prompt=TEXTS, text=TEXTS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_byte_fallback_gives_the_text_of_prompt_and_output_together(prompt: str, text: str) -> None:
     before = PIECES.encode(prompt or "a", add_special_tokens=False)
     after = PIECES.encode(text, add_special_tokens=False) if text else []

@@ -138,8 +138,13 @@ def test_eos_ends_a_sequence_and_is_not_in_its_text() -> None:
     assert (answer.finish_reason, answer.stop_reason) == (FinishReason.STOP, None)
 
 
-def test_eos_is_in_the_text_when_stops_are_included_and_specials_kept() -> None:
+def test_eos_is_no_stop_string_and_is_not_included_as_one() -> None:
     keeps = request(skip_special_tokens=False, include_stop_str_in_output=True)
+    assert generate(keeps, runner=ends_at(8))["r"].text == generate(request(), runner=ends_at(8))["r"].text
+
+
+def test_an_ignored_eos_is_in_the_text_when_special_tokens_are_kept() -> None:
+    keeps = request(skip_special_tokens=False, ignore_eos=True, max_tokens=4)
     assert generate(keeps, runner=ends_at(8))["r"].text.endswith("</s>")
 
 
@@ -254,6 +259,25 @@ def test_prompt_logprobs_do_not_depend_on_chunks_or_preemption(budget: int) -> N
     tight = generate(*requests, runner=FakeRunner(num_blocks=9), max_num_batched_tokens=budget)
     for each in requests:
         assert tight[each.request_id].prompt_logprobs == whole
+
+
+def test_prompt_logprobs_survive_a_preemption_in_the_middle_of_the_prompt() -> None:
+    first, second = request("1", "hello world!"), request("2", "other prompt", prompt_logprobs=0)
+    runner = FakeRunner(num_blocks=8)
+    with running(runner, first, second, max_num_batched_tokens=2) as (engine, answers):
+        answers.wait(first, second)
+        assert engine.stats().preemptions > 0
+    starts = [row[2] for rows in runner.steps for row in rows if row[0] == "2"]
+    assert 0 in starts[1:12], "it was not preempted in the middle of its prompt"
+    assert answers["2"].prompt_logprobs == generate(second)["2"].prompt_logprobs
+
+
+def test_prompt_logprobs_change_no_text_of_the_batch() -> None:
+    asking = [request(str(number), prompt, prompt_logprobs=number % 2) for number, prompt in enumerate(PROMPTS)]
+    answers = generate(*asking[:3], request("plain"), *asking[3:])
+    assert answers["plain"].text == alone(request())
+    for each, prompt in zip(asking, PROMPTS, strict=True):
+        assert answers[each.request_id].text == alone(request(prompt=prompt))
 
 
 # Cancelling.

@@ -52,7 +52,7 @@ def rows(draw_from: st.DrawFn) -> FloatArray:
 
 
 @given(row=rows(), share=st.floats(0, 1), count=st.sampled_from([1, 2, 20, 40, 64]) | st.none())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_top_indices_are_those_of_a_full_sort(row: FloatArray, share: float, count: int | None) -> None:
     count = min(len(row), count or 1 + int(share * (len(row) - 1)))
     assert top_indices(row, count).tolist() == np.argsort(-row, kind="stable")[:count].tolist()
@@ -105,6 +105,7 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"min_p": 0.1},
     {"min_p": 1.0},
     {"top_k": 20, "top_p": 0.7},
+    {"top_k": 20, "min_p": 0.2},
     {"temperature": 1.7, "top_k": 50, "top_p": 0.95, "min_p": 0.05},
 ]
 

@@ -54,8 +54,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.stepper = Stepper(limits, num_blocks=num_blocks, block_size=block_size)
 
-    @rule(data=st.data(), n=st.integers(1, 3), seed=st.none() | st.integers(0, 3), asks_prompt=st.booleans())
-    def add(self, data: st.DataObject, n: int, seed: int | None, asks_prompt: bool) -> None:
+    @rule(
+        data=st.data(),
+        n=st.integers(1, 3),
+        seed=st.none() | st.integers(0, 3),
+        asks_prompt=st.booleans(),
+        adapter=st.sampled_from(["", "x", "y"]),
+    )
+    def add(self, data: st.DataObject, n: int, seed: int | None, asks_prompt: bool, adapter: str) -> None:
         room = self.stepper.pool.num_blocks * self.stepper.pool.block_size
         prompt = data.draw(st.lists(st.sampled_from(LETTERS), min_size=1, max_size=room - 1))
         max_tokens = data.draw(st.integers(1, room - len(prompt)))
@@ -63,6 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.all += self.stepper.add(
             request(
                 prompt=prompt,
+                adapter=adapter,
                 n=n,
                 seed=seed,
                 temperature=temperature,
@@ -106,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestScheduler.settings = settings(max_examples=120, stateful_step_count=30)
 
 
 def stepper(*, num_blocks: int = 16, block_size: int = 4, **limits: Any) -> Stepper:
@@ -132,6 +139,19 @@ def test_the_youngest_is_preempted_and_the_oldest_ends_first() -> None:
     assert second.status is SequenceStatus.WAITING
     tight.run_to_the_end()
     assert tight.finished == [first, second]
+
+
+def test_a_sequence_that_is_preempted_after_it_was_planned_is_taken_out_of_the_step() -> None:
+    tight = stepper(num_blocks=5)
+    old, young = (tight.add(request(prompt=[letter] * 4, max_tokens=12))[0] for letter in LETTERS)
+    tight.residency.refusals = 1  # so the younger one is admitted, and planned, first
+    tight.step()
+    while not tight.scheduler.num_preemptions:
+        assert tight.scheduler.running[:1] == [young]
+        chunks = tight.step()
+    assert [chunk.sequence for chunk in chunks] == [old]
+    tight.run_to_the_end()
+    assert young.output_token_ids == tokens_alone(young.request, 0)
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_computed_in_chunks() -> None:
@@ -195,6 +215,22 @@ def test_a_prefix_is_not_shared_between_strengths_of_one_adapter() -> None:
         keys.append(Sequence(used, 0).prefix_keys(1, 4)[0])
     assert keys[0] != keys[1]
     assert keys[0] == keys[2]
+
+
+def test_the_key_of_a_block_depends_on_all_blocks_before_it() -> None:
+    def keys(prompt: str) -> list[bytes]:
+        return Sequence(request(prompt=list(prompt.encode())), 0).prefix_keys(2, 4)
+
+    assert keys("aaaabbbb")[1] != keys("ccccbbbb")[1]
+    assert keys("aaaaaaaa")[0] != keys("aaaaaaaa")[1]
+    assert keys("aaaabbbb")[0] == keys("aaaacccc")[0]
+
+
+def test_without_prefix_caching_nothing_is_remembered() -> None:
+    forgetful = stepper(prefix_caching=False)
+    forgetful.add(request(length=10))
+    forgetful.run_to_the_end()
+    assert forgetful.pool.num_cached == 0
 
 
 def test_what_a_preempted_sequence_finds_again_does_not_count_as_cached() -> None:

@@ -26,7 +26,7 @@ def cut_texts(draw: st.DrawFn) -> list[str]:
 
 
 @given(pieces=cut_texts(), stop=st.text("ab€", min_size=1, max_size=5), include=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_one_stop_string_ends_the_text_where_it_first_stands(pieces: list[str], stop: str, include: bool) -> None:
     whole = "".join(pieces)
     at = whole.find(stop)
@@ -35,7 +35,7 @@ def test_one_stop_string_ends_the_text_where_it_first_stands(pieces: list[str], 
 
 
 @given(pieces=cut_texts(), stops=st.lists(st.text("ab€", min_size=1, max_size=4), min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_stop_string_ever_comes_out(pieces: list[str], stops: list[str]) -> None:
     whole = "".join(pieces)
     text, stopped_by = feed(pieces, stops)
@@ -48,7 +48,7 @@ def test_no_stop_string_ever_comes_out(pieces: list[str], stops: list[str]) -> N
 
 
 @given(pieces=cut_texts(), stop=st.text("ab€", min_size=1, max_size=5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_more_is_held_back_than_could_become_a_stop_string(pieces: list[str], stop: str) -> None:
     watcher, seen, given_out = StopStrings([stop]), "", ""
     for piece in pieces:

@@ -128,6 +128,26 @@ def test_a_tokenizer_with_more_tokens_gets_its_rows(sources: Sources, tmp_path: 
     assert model.get_output_embeddings().weight.shape[0] == before + 2
 
 
+def test_an_adapter_with_tokens_of_its_own_brings_their_rows(sources: Sources, tmp_path: Path) -> None:
+    from peft import PeftModel, get_peft_model
+
+    def resized() -> Any:
+        model = oracle.plain(sources.base)
+        model.resize_token_embeddings(302, mean_resizing=False)
+        return model
+
+    adapted = get_peft_model(resized(), lora(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    adapted.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    tokenizer = load_tokenizer(sources.base)
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    with ExportProgress().silence():
+        model = oracle.plain(sources.base)
+        fit_vocabulary(model, tokenizer)
+        merged = merge_adapter(model, find_adapter(str(tmp_path)))
+        expected = oracle.of_torch(PeftModel.from_pretrained(resized(), str(tmp_path)))
+    assert np.abs(oracle.of_torch(merged) - expected).max() < 1e-4
+
+
 def test_a_tensor_that_no_layer_takes_is_refused_by_name(sources: Sources, make_adapter: MakeAdapter) -> None:
     adapter = make_adapter(sources.base, lora())
     rewrite(adapter, lambda tensors: {name.replace("layers.1", "layers.7"): t for name, t in tensors.items()})

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ovms_lora.adapters.adapter import BaseLinears, LinearShape
 from ovms_lora.core.config import read_server_config
 from ovms_lora.core.graph_pbtxt import parse_graph
 from ovms_lora.export.base_linears import read_base_linears
@@ -31,7 +32,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", ["base", "small", "merged"])
+@pytest.mark.parametrize("name", ["base", "small", "rounded", "merged"])
 def test_an_export_leaves_all_that_a_server_needs_and_nothing_else(exported: Workshop, name: str) -> None:
     folder = exported.repository / name
     assert {path.name for path in folder.iterdir()} == FILES
@@ -56,7 +57,17 @@ def test_int8_is_a_quarter_in_size_and_close(exported: Workshop, sources: Source
     assert np.abs(drift).mean() < 0.1
 
 
-@pytest.mark.parametrize("name", ["base", "small", "merged"])
+def test_bf16_rounds_the_weights_and_nothing_else(exported: Workshop, sources: Sources) -> None:
+    import torch
+
+    model = oracle.plain(sources.base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    assert np.abs(oracle.of_ir(exported.repository / "rounded") - oracle.of_torch(model)).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["base", "small", "rounded", "merged"])
 def test_the_graph_keeps_the_module_paths_that_adapters_are_matched_by(exported: Workshop, name: str) -> None:
     shapes = read_base_linears(exported.repository / name).shapes
     names = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -83,7 +94,7 @@ def test_the_manifest_says_what_the_folder_is_made_of(exported: Workshop, source
 
 
 def test_the_config_file_names_models_adapters_and_composites_for_the_server(exported: Workshop) -> None:
-    base, small, merged = read_server_config(exported.config).models
+    base, small, _, merged = read_server_config(exported.config).models
     assert (small.name, small.base_path, merged.base_path) == ("small", "models/small", "models/merged")
     assert [(entry.alias, entry.path, entry.alpha) for entry in base.lora_adapters] == [
         ("sql", "models/loras/sql", 1.0),
@@ -217,6 +228,32 @@ def test_too_small_a_disk_is_seen_before_the_long_work(
     cause, hint = fails(sources.base)
     assert "GB are free" in cause
     assert "--model_repository_path" in hint
+
+
+def test_an_adapter_of_links_as_in_the_hubs_cache_is_copied_as_files(
+    workshop: Workshop, exported: Workshop, sources: Sources, tmp_path: Path
+) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (linked / name).symlink_to(sources.sql / name)
+    repository = ["--model_repository_path", str(exported.repository), "--model_name", "base"]
+    flags = [*repository, "--weight-format", "fp32", "--source_loras", f"linked={linked}"]
+    assert workshop.export(sources.base, *flags) == 0
+    copies = list((exported.repository / "loras" / "linked").iterdir())
+    assert len(copies) == 2
+    assert not any(path.is_symlink() for path in copies)
+
+
+def test_an_adapter_of_another_base_is_refused_before_the_base_is_published(
+    workshop: Workshop, sources: Sources, quick: None, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = BaseLinears({"model.layers.0.self_attn.q_proj": LinearShape(out_features=32, in_features=32)})
+    monkeypatch.setattr("ovms_lora.export.loras.read_base_linears", lambda folder: other)
+    cause, _ = fails(sources.base, "--source_loras", f"sql={sources.sql}")
+    assert cause.startswith("adapter 'sql': ")
+    assert workshop.models == []
+    assert not workshop.config.exists()
 
 
 def test_adapters_in_place_already_are_left_and_others_need_overwrite(
