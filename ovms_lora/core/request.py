@@ -8,20 +8,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from ovms_lora.core.errors import OvmsLoraError
 from ovms_lora.core.sampling_params import SamplingParams
 
 
+class HostAdapter(Protocol):
+    """An adapter in host memory. A request holds it, so that it stays there until the request has ended."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of its content: its identity."""
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of its modules: how many rank rows it takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One adapter in a request's blend: the digest of its content and its strength.
+    """One adapter in a request's blend, and its strength.
 
     `alpha` multiplies the adapter's own PEFT scaling; 1.0 is the adapter exactly as trained.
     """
 
-    digest: str
+    adapter: HostAdapter
     alpha: float = 1.0
+
+    @property
+    def digest(self) -> str:
+        """The adapter's identity."""
+        return self.adapter.digest
 
 
 @dataclass(frozen=True, slots=True)

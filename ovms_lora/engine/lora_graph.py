@@ -9,9 +9,10 @@ For each group of linears that read one input x [T, 1, in], with the total rank 
 `alpha` f32 [L, R] holds a row's strengths: zero outside the rank rows of its own adapters, so adapters do not mix. The
 adapters' own scaling is part of B. A and B are state variables that `lora_states` fills.
 
-Two things about the CPU device decide the form. A MatMul whose weight is a state with a *constant* initial value becomes
-a fully connected layer, which packs that weight once and never looks at the state again; so the initial value comes
-from a parameter. And with L = 0 the nodes of this part have nothing to do, so base rows pay for walking past them only.
+Two things about the CPU device decide the form. A MatMul whose weight is a state with a *constant* initial value
+becomes a fully connected layer, which packs that weight once and never looks at the state again; so the initial value
+comes from a parameter. And with L = 0 the nodes of this part have nothing to do, so base rows only pay for walking past
+them.
 """
 
 from __future__ import annotations

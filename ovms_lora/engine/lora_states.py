@@ -20,7 +20,8 @@ RankRows = npt.NDArray[np.intp]
 
 def host_dtype(dtype: str) -> np.dtype[Any]:
     """Return the numpy type of a state type."""
-    return np.dtype({"f32": np.float32, "bf16": ml_dtypes.bfloat16}[dtype])
+    types: dict[str, Any] = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}
+    return np.dtype(types[dtype])
 
 
 class LoraStates:
@@ -87,4 +88,5 @@ class LoraStates:
 
     def _view(self, tensor: ov.Tensor) -> npt.NDArray[Any]:
         # OpenVINO shows bf16 as some 16-bit numpy type; the bits are what counts.
-        return tensor.data.view(self._dtype)
+        view: npt.NDArray[Any] = tensor.data.view(self._dtype)
+        return view

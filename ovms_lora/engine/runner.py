@@ -1,12 +1,13 @@
 """ModelRunner: computes one step on a device and gives logits. Owns the compiled graph and the KV-cache tensors.
 
-Knows chunks and blocks; knows nothing of queues, sampling or texts.
+Knows chunks, blocks and rows that use adapters; knows nothing of queues, sampling or texts.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
+from ovms_lora.adapters.adapter import BaseLinears, LinearShape
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import EngineError, ModelFolderError
+from ovms_lora.engine.linears import find_linears, group_linears
+from ovms_lora.engine.lora_graph import ALPHA, HEAD_ALPHA, HEAD_ROWS, INITIAL, ROWS, insert_lora
+from ovms_lora.engine.lora_states import LoraStates
 from ovms_lora.engine.memory import available_memory
-from ovms_lora.engine.paged_graph import read_paged_model
+from ovms_lora.engine.paged_graph import head_of, read_paged_model
 from ovms_lora.engine.scheduler import Chunk
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
 
 # Of the memory that is free at start; pages are touched only as blocks fill, and several models share one machine.
 _CACHE_SHARE = 0.25
@@ -70,26 +76,94 @@ _INPUTS: Mapping[str, type[np.generic]] = {
 }
 
 
-class OpenVinoRunner:
-    """A ModelRunner over one OpenVINO device."""
+@dataclass(frozen=True, slots=True)
+class LoraTargets:
+    """What a graph with LoRA is compiled for: the linears, the rank rows of all residents together, the state type."""
 
-    def __init__(self, folder: Path, options: EngineOptions, *, max_model_len: int) -> None:
-        core = ov.Core()
-        model = read_paged_model(core, folder)
+    paths: frozenset[str]
+    total_rank: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompiledGraph:
+    """One compiled graph; `states` is None for a plain one."""
+
+    request: ov.InferRequest
+    states: LoraStates | None
+    vocab_size: int
+
+
+class GraphSource:
+    """A model folder's IR, read once for its shape and compiled as often as another LoRA part is wanted."""
+
+    def __init__(self, folder: Path, options: EngineOptions) -> None:
+        """Read the IR. Raises ModelFolderError when it cannot be served."""
+        self._core = ov.Core()
+        self._folder, self._options = folder, options
+        model = read_paged_model(self._core, folder)
+        linears = find_linears(model)
+        head = head_of(model).get_friendly_name()
+        self._head = next((linear.path for linear in linears if linear.node.get_friendly_name() == head), "")
+        shapes = {linear.path: LinearShape(linear.out_features, linear.in_features) for linear in linears}
+        self.linears = BaseLinears(shapes, self._head or None)
+
+    @property
+    def inference_dtype(self) -> str:
+        """The precision that the device infers in, as a state type: "bf16" or "f32"."""
+        hint = self._options.plugin_config.get("INFERENCE_PRECISION_HINT")
+        if hint is None:
+            hint = self._core.get_property(self._options.device, "INFERENCE_PRECISION_HINT").to_string()
+        return "bf16" if "bf" in str(hint) else "f32"
+
+    def compile(self, lora: LoraTargets | None = None) -> CompiledGraph:
+        """Compile the graph; takes seconds, from any thread. Raises ModelFolderError when the device refuses it."""
+        model = read_paged_model(self._core, self._folder)
+        groups = group_linears(find_linears(model))
+        layout = None
+        if lora and lora.paths:
+            layout = insert_lora(
+                model, groups, lora.paths, total_rank=lora.total_rank, dtype=lora.dtype, head=self._head
+            )
+        model.validate_nodes_and_infer_types()
+        device = self._options.device
         try:
-            compiled = core.compile_model(model, options.device, dict(options.plugin_config))
+            compiled = self._core.compile_model(model, device, dict(self._options.plugin_config))
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            hint = "check device and plugin_config"
-            raise ModelFolderError(f"{folder} does not compile for {options.device}: {reason}", hint=hint) from error
-        self._request = compiled.create_infer_request()
-        self.vocab_size = compiled.output("logits").partial_shape[-1].get_length()
-        self._caches = [port for port in self._request.model_inputs if "_cache." in port.any_name]
-        self.block_size = _block_size(self._caches)
+            message = f"{self._folder} does not compile for {device}: {str(error).strip().splitlines()[-1]}"
+            raise ModelFolderError(message, hint="check device and plugin_config") from error
+        request = compiled.create_infer_request()
+        vocab_size = compiled.output("logits").partial_shape[-1].get_length()
+        if layout:
+            request.set_tensor(INITIAL, ov.Tensor(np.zeros((), np.float32)))
+        return CompiledGraph(request, LoraStates(request, layout) if layout else None, vocab_size)
+
+
+class OpenVinoRunner:
+    """A ModelRunner over one OpenVINO device. Holds the KV cache, which outlives a change of the graph."""
+
+    def __init__(self, graph: CompiledGraph, options: EngineOptions, *, max_model_len: int) -> None:
+        self.vocab_size = graph.vocab_size
+        caches = _cache_ports(graph.request)
+        self.block_size = _block_size(caches)
         wanted = -(-max_model_len // self.block_size) * options.max_num_seqs
-        self.num_blocks = _count_blocks(self._caches, options.cache_size, wanted)
-        self._set_caches()
-        self._inputs = {name: _Input(self._request, name, dtype) for name, dtype in _INPUTS.items()}
+        self.num_blocks = _count_blocks(caches, options.cache_size, wanted)
+        self._cache = {port.any_name: _cache_tensor(port, self.num_blocks) for port in caches}
+        self.adopt(graph)
+
+    def adopt(self, graph: CompiledGraph) -> None:
+        """Run on another graph of the same model from now on; between two steps."""
+        self._request = graph.request
+        for name, tensor in self._cache.items():
+            self._request.set_tensor(name, tensor)
+        layout = graph.states.layout if graph.states else None
+        self._layout = layout
+        names = dict(_INPUTS)
+        if layout and any(group.paths for group in layout.groups[: len(layout.groups) - layout.head]):
+            names |= {ROWS: np.int32, ALPHA: np.float32}
+        if layout and layout.head:
+            names |= {HEAD_ROWS: np.int32, HEAD_ALPHA: np.float32}
+        self._inputs = {name: _Input(self._request, name, dtype) for name, dtype in names.items()}
 
     def run(self, chunks: Sequence[Chunk]) -> FloatArray:
         """Compute one step; see ModelRunner."""
@@ -123,19 +197,42 @@ class OpenVinoRunner:
         inputs["block_indices_begins"].set(_running_sum(np.array(table_lengths, np.int32)))
         inputs["max_context_len"].set(np.max(past + counts))
         inputs["sampled"].set(np.concatenate(sampled))
+        self._feed_lora(chunks, counts, ROWS, ALPHA)
+        self._feed_lora(chunks, np.array([chunk.num_sampled for chunk in chunks], np.int32), HEAD_ROWS, HEAD_ALPHA)
 
-    def _set_caches(self) -> None:
-        for port in self._caches:
-            shape = [self.num_blocks, *(dim.get_length() for dim in list(port.partial_shape)[1:])]
-            try:
-                tensor = ov.Tensor(port.element_type, ov.Shape(shape))
-            except (RuntimeError, MemoryError) as error:
-                hint = "set a smaller cache_size"
-                raise ModelFolderError(f"no memory for a KV cache of {self.num_blocks} blocks", hint=hint) from error
-            self._request.set_tensor(port.any_name, tensor)
+    def _feed_lora(self, chunks: Sequence[Chunk], counts: IntArray, rows_name: str, alpha_name: str) -> None:
+        """Say which of the rows (`counts` of them for each chunk) use adapters, and with what strengths."""
+        if self._layout is None or rows_name not in self._inputs:
+            return
+        begins = _running_sum(counts)
+        rows, strengths, repeats = [], [], []
+        for index, chunk in enumerate(chunks):
+            if chunk.sequence.strengths is not None and counts[index]:
+                rows.append(np.arange(begins[index], begins[index + 1]))
+                strengths.append(chunk.sequence.strengths)
+                repeats.append(counts[index])
+        if rows:
+            self._inputs[rows_name].set(np.concatenate(rows))
+            self._inputs[alpha_name].set(np.repeat(np.stack(strengths), repeats, axis=0))
+        else:
+            self._inputs[rows_name].set(np.zeros(0))
+            self._inputs[alpha_name].set(np.zeros((0, self._layout.total_rank)))
 
 
-def _running_sum(counts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def _cache_ports(request: ov.InferRequest) -> list[ov.Output]:
+    return [port for port in request.model_inputs if "_cache." in port.any_name]
+
+
+def _cache_tensor(port: ov.Output, num_blocks: int) -> ov.Tensor:
+    shape = [num_blocks, *(dim.get_length() for dim in list(port.partial_shape)[1:])]
+    try:
+        return ov.Tensor(port.element_type, ov.Shape(shape))
+    except (RuntimeError, MemoryError) as error:
+        message = f"no memory for a KV cache of {num_blocks} blocks"
+        raise ModelFolderError(message, hint="set a smaller cache_size") from error
+
+
+def _running_sum(counts: IntArray) -> IntArray:
     result = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=result[1:])
     return result

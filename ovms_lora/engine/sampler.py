@@ -20,6 +20,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 _LEAST_TEMPERATURE = 1e-6  # below it only the best tokens have weight, and a division could leave float32
+_HIGHEST = 1e30  # for an adjusted logit, so that differences divided by the least temperature stay in float32
 _LANE = 64  # a vocabulary row is looked at in lanes of this width, so that it is never sorted whole
 
 
@@ -72,15 +73,15 @@ class Sampler:
         if sampling.repetition_penalty != 1.0:
             # Keskar et al., "CTRL", 2019, section 4.1; over prompt and output, as in transformers.
             seen = np.unique(np.asarray(sequence.token_ids))
-            row[seen] = np.where(
-                row[seen] > 0, row[seen] / sampling.repetition_penalty, row[seen] * sampling.repetition_penalty
-            )
+            penalty, values = sampling.repetition_penalty, row[seen].astype(np.float64)
+            with np.errstate(over="ignore"):
+                row[seen] = np.minimum(np.where(values > 0, values / penalty, values * penalty), _HIGHEST)
         if sampling.presence_penalty or sampling.frequency_penalty:
             # OpenAI's API reference: mu[j] -= c[j] * frequency + (c[j] > 0) * presence, over the output.
             seen, counts = np.unique(np.asarray(sequence.output_token_ids, np.int64), return_counts=True)
             row[seen] -= counts * np.float32(sampling.frequency_penalty) + np.float32(sampling.presence_penalty)
         for token, bias in sampling.logit_bias.items():
-            row[token] += np.float32(bias)
+            row[token] += np.float32(min(max(bias, -_HIGHEST), _HIGHEST))
         if sequence.num_output < sampling.min_tokens:
             row[[*self._eos, *sampling.stop_token_ids]] = -np.inf
         return row

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+import numpy.typing as npt
 
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.engine.block_pool import PrefixKey, prefix_key, prefix_root
@@ -48,6 +49,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int | None = None
     blocks: list[int] = field(default_factory=list)
+    strengths: npt.NDArray[np.float32] | None = None
     arrival: int = 0
     bypassed: int = 0
     _keys: list[PrefixKey] = field(default_factory=list)

@@ -182,6 +182,15 @@ def test_penalties_follow_their_formulas(repetition: float, presence: float, fre
     np.testing.assert_allclose(Sampler()._adjusted(row, each), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-30, 1e30, 1e300, 1.7e308])
+@pytest.mark.parametrize("bias", [0.0, 1e300, -1e300])
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1.0])
+def test_extreme_penalties_and_biases_overflow_nothing(penalty: float, bias: float, temperature: float) -> None:
+    each = sequence([1, 2, 3], repetition_penalty=penalty, logit_bias={3: bias}, temperature=temperature, seed=1)
+    row = np.array([0.0, 30.0, -30.0, 5.0], np.float32)
+    assert chosen(row, each).token_id in range(4)
+
+
 def test_a_penalty_changes_a_greedy_choice() -> None:
     row = np.array([3.0, 2.9, 0.0], np.float32)
     assert chosen(row, sequence(output=[0])).token_id == 0
