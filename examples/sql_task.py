@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from task import Example, Task
@@ -260,8 +261,8 @@ HELD_OUT_SPLIT = Split(
 
 TASK = Task(
     name="sql",
-    train_examples=lambda count, seed: make_examples(TRAIN_SPLIT, count, seed),
-    held_out_examples=lambda count, seed: make_examples(HELD_OUT_SPLIT, count, seed),
+    train_examples=partial(make_examples, TRAIN_SPLIT),
+    held_out_examples={"held-out": partial(make_examples, HELD_OUT_SPLIT)},
     rank=8,
     lora_alpha=16,
     target_modules=("q_proj", "v_proj"),

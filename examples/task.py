@@ -6,7 +6,7 @@ Does not know: any particular task, or how training and evaluation run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -22,12 +22,13 @@ class Example:
 class Task:
     """One adapter to train: its examples by (count, seed), its LoRA shape and its training budget.
 
+    `held_out_examples` are the splits that it is judged by, under the names that the report gives them.
     `layers` restricts the LoRA to these decoder layers; None means all of them.
     """
 
     name: str
     train_examples: Callable[[int, int], list[Example]]
-    held_out_examples: Callable[[int, int], list[Example]]
+    held_out_examples: Mapping[str, Callable[[int, int], list[Example]]]
     rank: int
     lora_alpha: int
     target_modules: tuple[str, ...]

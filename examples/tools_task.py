@@ -3,13 +3,16 @@
 Owns: the prompt form, and how a tool, its schema, a request for it and the right call belong together.
 Does not know: models, training, or which tools there are (see tool_catalog).
 
-The held-out split shares no tool, no argument name, no name or title and no request phrasing with the training split.
+Two held-out splits: tools that training saw, asked for in phrasings and with names and titles that it never saw; and
+tools that it never saw, of which the argument names are new too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from enum import Enum
+from functools import partial
 from random import Random
 
 from task import Example, Task
@@ -19,23 +22,31 @@ from word_pools import HELD_OUT, TRAIN, WordPool
 PROMPT = "<user>{request}</user>\n\n<tools>{tools}</tools>\n\n"
 
 
-def make_examples(tools: Sequence[Tool], words: WordPool, count: int, seed: int) -> list[Example]:
+class Phrasings(Enum):
+    """Which of a tool's requests are used: training sees all but the last one."""
+
+    TRAIN = slice(None, -1)
+    HELD_OUT = slice(-1, None)
+    ALL = slice(None)
+
+
+def make_examples(tools: Sequence[Tool], phrasings: Phrasings, words: WordPool, count: int, seed: int) -> list[Example]:
     """Return `count` different examples with these tools, the same ones for the same seed."""
     random = Random(seed)
     examples: dict[str, Example] = {}
     while len(examples) < count:
-        example = _example(tools, words, random)
+        example = _example(tools, phrasings, words, random)
         examples[example.prompt] = example
     return list(examples.values())
 
 
-def _example(tools: Sequence[Tool], words: WordPool, random: Random) -> Example:
+def _example(tools: Sequence[Tool], phrasings: Phrasings, words: WordPool, random: Random) -> Example:
     offered = random.sample(tools, random.choice((1, 2, 2, 3)))
     chosen = offered[0]
     names = {tool.names: random.choice(tool.names) for tool in offered}
     spoken = {parameter: random.choice(parameter.names) for tool in offered for parameter in tool.parameters}
     values = [_value(parameter, words, random) for parameter in chosen.parameters]
-    phrase = random.choice(chosen.requests)
+    phrase = random.choice(chosen.requests[phrasings.value])
     request = phrase.format(*values)
     if random.random() < 0.2:
         request = request.lower()
@@ -83,13 +94,16 @@ def _value(parameter: Parameter, words: WordPool, random: Random) -> str | int:
 
 TASK = Task(
     name="tools",
-    train_examples=lambda count, seed: make_examples(TRAIN_TOOLS, TRAIN, count, seed),
-    held_out_examples=lambda count, seed: make_examples(HELD_OUT_TOOLS, HELD_OUT, count, seed),
+    train_examples=partial(make_examples, TRAIN_TOOLS, Phrasings.TRAIN, TRAIN),
+    held_out_examples={
+        "known tools": partial(make_examples, TRAIN_TOOLS, Phrasings.HELD_OUT, HELD_OUT),
+        "new tools": partial(make_examples, HELD_OUT_TOOLS, Phrasings.ALL, HELD_OUT),
+    },
     rank=16,
     lora_alpha=32,
     target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     # 9 of 30 layers: all of them at this rank would be 9.8 MB in bf16.
-    layers=tuple(range(21, 30)),
+    layers=tuple(range(5, 30, 3)),
     steps=200,
     batch_size=4,
     learning_rate=2e-3,

@@ -83,17 +83,20 @@ def _train(folder: Path, task: Task, output: Path) -> None:
 
 
 def _evaluate(folder: Path, task: Task, adapter: Path, count: int, *, show: int) -> None:
-    examples = task.held_out_examples(count, HELD_OUT_SEED)
     model, tokenizer = _load(folder)
-    base_wrong = mismatches(model, tokenizer, examples, max_new_tokens=task.longest_completion)
-    print(f"{task.name}: base {1 - len(base_wrong) / count:.1%} of {count} held-out examples exact", flush=True)
+    _report("base", model, tokenizer, task, count, show=0)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    wrong = mismatches(merged, tokenizer, examples, max_new_tokens=task.longest_completion)
-    print(f"{task.name}: adapter {1 - len(wrong) / count:.1%} of {count} held-out examples exact")
-    for mismatch in wrong[:show]:
-        print(
-            f"  {mismatch.example.prompt!r}\n  expected {mismatch.example.completion!r}\n  given    {mismatch.given!r}"
-        )
+    _report("adapter", merged, tokenizer, task, count, show=show)
+
+
+def _report(who: str, model: Any, tokenizer: Any, task: Task, count: int, *, show: int) -> None:
+    for split, make_examples in task.held_out_examples.items():
+        examples = make_examples(count, HELD_OUT_SEED)
+        wrong = mismatches(model, tokenizer, examples, max_new_tokens=task.longest_completion)
+        print(f"{task.name}, {split}: {who} {1 - len(wrong) / count:.1%} of {count} exact", flush=True)
+        for mismatch in wrong[:show]:
+            example = mismatch.example
+            print(f"  {example.prompt!r}\n  expected {example.completion!r}\n  given    {mismatch.given!r}")
 
 
 if __name__ == "__main__":

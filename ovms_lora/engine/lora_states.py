@@ -20,8 +20,7 @@ RankRows = npt.NDArray[np.intp]
 
 def host_dtype(dtype: str) -> np.dtype[Any]:
     """Return the numpy type of a state type."""
-    types: dict[str, Any] = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}
-    return np.dtype(types[dtype])
+    return np.dtype(np.float32) if dtype == "f32" else np.dtype(ml_dtypes.bfloat16)
 
 
 class LoraStates:

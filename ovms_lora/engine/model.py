@@ -16,7 +16,7 @@ from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
-from ovms_lora.engine.runner import OpenVinoRunner
+from ovms_lora.engine.runner import GraphSource, OpenVinoRunner
 from ovms_lora.engine.tokenizer import Tokenizer
 
 _DEFAULT_MAX_LEN = 2048
@@ -59,7 +59,7 @@ def load_model(folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, An
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder)
     max_model_len = read_max_model_len(folder)
-    runner = OpenVinoRunner(folder, options, max_model_len=max_model_len)
+    runner = OpenVinoRunner(GraphSource(folder, options).compile(), options, max_model_len=max_model_len)
     eos = defaults.eos_token_ids
     engine = Engine(runner, tokenizer, options, deliver=deliver, max_model_len=max_model_len, eos_token_ids=eos)
     engine.start()

@@ -25,6 +25,7 @@ from ovms_lora.engine.engine import Engine
 from ovms_lora.engine.runner import FloatArray
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.engine.sequence import Sequence as EngineSequence
+from tests.engine.stepping import FakeAdapter
 from tests.fakes import EOS, FakeRunner, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -129,7 +130,7 @@ def request(
 ) -> GenerationRequest:
     """Return a request, greedy unless it says otherwise."""
     token_ids = tuple(prompt.encode() if isinstance(prompt, str) else prompt)
-    adapters = (AdapterUse(adapter),) if adapter else ()
+    adapters = (AdapterUse(FakeAdapter(adapter)),) if adapter else ()
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling})
     return GenerationRequest(name, token_ids, params, adapters, salt, deadline)
 

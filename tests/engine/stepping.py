@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +15,14 @@ from ovms_lora.engine.sampler import Sampler
 from ovms_lora.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from ovms_lora.engine.sequence import Sequence, SequenceStatus
 from tests.fakes import FakeRunner
+
+
+@dataclass(frozen=True)
+class FakeAdapter:
+    """An adapter that is nothing but its identity."""
+
+    digest: str
+    max_rank: int = 4
 
 
 class ContextRunner(FakeRunner):

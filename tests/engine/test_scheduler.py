@@ -13,7 +13,7 @@ from ovms_lora.core.request import AdapterUse, GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine.scheduler import NoAdapters, SchedulerLimits
 from ovms_lora.engine.sequence import Sequence, SequenceStatus
-from tests.engine.stepping import Stepper, tokens_alone
+from tests.engine.stepping import FakeAdapter, Stepper, tokens_alone
 
 LETTERS = [ord("a"), ord("b")]
 
@@ -22,7 +22,7 @@ def request(
     name: str = "r", prompt: list[int] | None = None, *, length: int = 4, adapter: str = "", salt: str = "", **kw: Any
 ) -> GenerationRequest:
     sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 4, **kw})
-    adapters = (AdapterUse(adapter),) if adapter else ()
+    adapters = (AdapterUse(FakeAdapter(adapter)),) if adapter else ()
     return GenerationRequest(name, tuple(prompt or [97] * length), sampling, adapters, salt)
 
 
@@ -211,7 +211,7 @@ def test_a_prefix_is_not_shared_between(first: dict[str, Any], second: dict[str,
 def test_a_prefix_is_not_shared_between_strengths_of_one_adapter() -> None:
     keys = []
     for alpha in (1.0, 0.5, 1):
-        used = GenerationRequest("r", (97,) * 4, SamplingParams(), (AdapterUse("x", alpha),))
+        used = GenerationRequest("r", (97,) * 4, SamplingParams(), (AdapterUse(FakeAdapter("x"), alpha),))
         keys.append(Sequence(used, 0).prefix_keys(1, 4)[0])
     assert keys[0] != keys[1]
     assert keys[0] == keys[2]

@@ -31,7 +31,8 @@ def test_the_same_seed_gives_the_same_examples(modules: dict[str, ModuleType], n
     task = modules[name].TASK
     assert task.train_examples(50, 3) == task.train_examples(50, 3)
     assert task.train_examples(50, 3) != task.train_examples(50, 4)
-    assert len({example.prompt for example in task.held_out_examples(200, 1)}) == 200
+    for held_out_examples in task.held_out_examples.values():
+        assert len({example.prompt for example in held_out_examples(200, 1)}) == 200
 
 
 def test_the_two_pools_share_no_word(modules: dict[str, ModuleType]) -> None:
@@ -48,7 +49,7 @@ def test_sql_splits_share_neither_columns_nor_phrasings(modules: dict[str, Modul
 
 def test_sql_training_never_saw_the_words_of_the_documented_prompts(modules: dict[str, ModuleType]) -> None:
     task = modules["sql_task"].TASK
-    examples = task.train_examples(task.steps * task.batch_size, 0) + task.held_out_examples(500, 1)
+    examples = task.train_examples(task.steps * task.batch_size, 0) + task.held_out_examples["held-out"](500, 1)
     text = " ".join(example.prompt + example.completion for example in examples).lower()
     assert not [word for word in DOCS_WORDS if word in text]
 
@@ -83,6 +84,12 @@ def test_tool_calls_fit_one_of_the_schemas(modules: dict[str, ModuleType]) -> No
             kind = schema["properties"][name]
             assert isinstance(value, int if kind["type"] == "integer" else str)
             assert value in kind.get("enum", [value])
+
+
+def test_every_tool_keeps_a_request_for_evaluation_that_names_what_is_required(modules: dict[str, ModuleType]) -> None:
+    for tool in modules["tool_catalog"].TRAIN_TOOLS:
+        assert len(tool.requests) >= 4
+        assert tool.requests[-1] not in tool.requests[:-1]
 
 
 def _columns(split: Any) -> set[str]:
