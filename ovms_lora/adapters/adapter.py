@@ -69,7 +69,7 @@ class LoraPair:
         return int(self.a.shape[0])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """A checked adapter. `digest` is the SHA-256 (hex) of its content, and with it its identity.
 

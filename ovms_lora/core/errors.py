@@ -7,6 +7,8 @@ OvmsLoraError                    a one-line cause, and perhaps a hint what to do
 ├── ExportError                  an export cannot be done, or failed
 ├── AdapterError                 an adapter is bad in itself; `code` says how (contract section 5)
 ├── AdapterNotFoundError         there is no adapter folder at a path
+│   └── UnknownAliasError        no adapter is loaded under an alias
+├── AdapterExistsError           the alias has an adapter already
 ├── EngineError                  the engine cannot go on: a step failed, or it has stopped
 └── RequestError                 one request cannot be served
     ├── MalformedBodyError       the body is not a JSON object with a model name
@@ -86,6 +88,18 @@ class AdapterNotFoundError(OvmsLoraError):
     def __init__(self, path: str) -> None:
         super().__init__(f"No adapter found for {path}", hint="give the folder that holds adapter_config.json")
         self.path = path
+
+
+class UnknownAliasError(AdapterNotFoundError):
+    """No adapter is loaded under the alias."""
+
+    def __init__(self, alias: str) -> None:
+        OvmsLoraError.__init__(self, f"The lora adapter '{alias}' cannot be found.")
+        self.path = alias
+
+
+class AdapterExistsError(OvmsLoraError):
+    """The alias has an adapter already."""
 
 
 class EngineError(OvmsLoraError):

@@ -13,7 +13,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import (
@@ -37,7 +39,10 @@ log = logging.getLogger(__name__)
 
 Deliver = Callable[[Seq[SequenceOutput]], None]
 
+T = TypeVar("T")
+
 _IDLE_SECONDS = 0.5  # how often an idle engine shows that it is alive
+_NO_ROOM_SECONDS = 0.01  # how long to wait when nothing that waits can be admitted
 _STOP_SECONDS = 10.0  # longer than any step
 
 
@@ -53,6 +58,22 @@ class EngineStats:
     prefix_cache_queries: int
     prefix_cache_hits: int
     preemptions: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """Something to do between two steps; whoever wants it done waits for `result`."""
+
+    work: Callable[[], Any]
+    result: Future[Any]
+
+    def run(self) -> None:
+        try:
+            value = self.work()
+        except (OvmsLoraError, RuntimeError, MemoryError) as error:
+            self.result.set_exception(error)
+        else:
+            self.result.set_result(value)
 
 
 class Engine:
@@ -86,6 +107,7 @@ class Engine:
         self._output = OutputProcessor(tokenizer, eos, self.max_model_len)
         self._live: dict[str, list[Sequence]] = {}
         self._inbox: deque[GenerationRequest | str] = deque()  # a string is the id of a request to cancel
+        self._tasks: deque[_Task] = deque()
         self._wake = threading.Condition()
         self._draining = False
         self._abort = False
@@ -144,6 +166,20 @@ class Engine:
             self._inbox.append(request_id)
             self._wake.notify()
 
+    def call(self, work: Callable[[], T]) -> T:
+        """Do something on the engine thread, between two steps, and return its result; from any other thread.
+
+        Raises what `work` raises, or UnavailableError when the engine has stopped.
+        """
+        task = _Task(work, Future())
+        with self._wake:
+            if self._draining:
+                raise UnavailableError("the server is shutting down")
+            self._tasks.append(task)
+            self._wake.notify()
+        result: T = task.result.result()
+        return result
+
     def stats(self) -> EngineStats:
         """Return a snapshot; from any thread."""
         scheduler, pool = self._scheduler, self._pool
@@ -196,6 +232,9 @@ class Engine:
         self._beat = self._clock()
         # Taken in even when it is time to go: `_end_all` tells only those of whom the engine knows.
         self._take_in(self._wait_for_work())
+        while self._tasks:
+            self._tasks[0].run()
+            self._tasks.popleft()
         if self._abort or (self._draining and not self._scheduler.has_work):
             return False
         self._end_overdue()
@@ -205,7 +244,7 @@ class Engine:
 
     def _wait_for_work(self) -> list[GenerationRequest | str]:
         with self._wake:
-            if not self._inbox and not self._scheduler.has_work and not self._draining and not self._abort:
+            if not (self._inbox or self._tasks or self._scheduler.has_work or self._draining or self._abort):
                 self._wake.wait(_IDLE_SECONDS)
             messages = list(self._inbox)
             self._inbox.clear()
@@ -226,6 +265,8 @@ class Engine:
     def _step(self) -> None:
         chunks = self._scheduler.schedule()
         if not chunks:
+            with self._wake:
+                self._wake.wait(_NO_ROOM_SECONDS)
             return
         try:
             logits = self._runner.run(chunks)
@@ -298,6 +339,9 @@ class Engine:
             self._draining = True
             messages = list(self._inbox)
             self._inbox.clear()
+            for task in self._tasks:
+                task.result.set_exception(error)
+            self._tasks.clear()
         live = [sequence for sequences in self._live.values() for sequence in sequences]
         self._live.clear()
         outputs = [self._output.failed(sequence, error) for sequence in live]

@@ -16,6 +16,7 @@ from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
+from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
 from ovms_lora.engine.runner import GraphSource, OpenVinoRunner
 from ovms_lora.engine.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """Everything that serves one model. `folder` is where IR and tokenizer lie."""
+    """Everything that serves one model. `folder` is where IR and tokenizer lie; `lora` its runtime adapters, if any."""
 
     folder: Path
     engine: Engine
@@ -46,12 +47,20 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     generation_defaults: GenerationDefaults
     options: EngineOptions
+    lora: LoraRuntime | None = None
 
 
-def load_model(folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, Any] | None = None) -> LoadedModel:
+def load_model(
+    folder: Path,
+    *,
+    deliver: Deliver,
+    plugin_config: Mapping[str, Any] | None = None,
+    lora: LoraConfig | None = None,
+) -> LoadedModel:
     """Load a model folder and start its engine; takes seconds.
 
-    `plugin_config` is laid over that of graph.pbtxt. Raises ModelFolderError when the folder cannot be served.
+    `plugin_config` is laid over that of graph.pbtxt. With `lora` the model takes runtime adapters; those that cannot be
+    loaded are left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the folder cannot be served.
     """
     folder, options = read_options(folder)
     options = replace(options, plugin_config={**options.plugin_config, **(plugin_config or {})})
@@ -59,11 +68,22 @@ def load_model(folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, An
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder)
     max_model_len = read_max_model_len(folder)
-    runner = OpenVinoRunner(GraphSource(folder, options).compile(), options, max_model_len=max_model_len)
-    eos = defaults.eos_token_ids
-    engine = Engine(runner, tokenizer, options, deliver=deliver, max_model_len=max_model_len, eos_token_ids=eos)
+    graphs = GraphSource(folder, options)
+    runtime = LoraRuntime(graphs, lora) if lora else None
+    runner = OpenVinoRunner(runtime.compile() if runtime else graphs.compile(), options, max_model_len=max_model_len)
+    engine = Engine(
+        runner,
+        tokenizer,
+        options,
+        deliver=deliver,
+        max_model_len=max_model_len,
+        eos_token_ids=defaults.eos_token_ids,
+        residency=runtime.residency if runtime else None,
+    )
+    if runtime:
+        runtime.attach(engine, runner)
     engine.start()
-    return LoadedModel(folder, engine, tokenizer, template, defaults, options)
+    return LoadedModel(folder, engine, tokenizer, template, defaults, options, runtime)
 
 
 def read_options(folder: Path) -> tuple[Path, EngineOptions]:

@@ -37,9 +37,9 @@ class _Resident:
 
 
 class LoraResidency:
-    """At most `max_loras` adapters in `total_rank` rank rows."""
+    """At most `max_loras` adapters in `total_rank` rank rows; `states` is None as long as there are no rows."""
 
-    def __init__(self, states: RankStates, *, total_rank: int, max_loras: int) -> None:
+    def __init__(self, states: RankStates | None, *, total_rank: int, max_loras: int) -> None:
         self.total_rank = total_rank
         self.max_loras = max_loras
         self.loads = 0
@@ -131,6 +131,7 @@ class LoraResidency:
 
     def _bring_in(self, adapter: HostAdapter) -> _Resident:
         assert isinstance(adapter, Adapter), "requests of this model carry loaded adapters"
+        assert self._states, "nothing fits into no rank rows"
         rows = np.array(self._free[: adapter.max_rank], np.intp)
         self._free = self._free[adapter.max_rank :]
         self._states.write(rows, adapter)

@@ -1,0 +1,136 @@
+"""AdapterStore: the adapters of one base model by alias, and the tier of them that is in host memory.
+
+    alias ──► registered (folder, digest, strength) ──► host memory, at most `max_cpu_loras`, least recently used out
+                                                   └──► read from its folder again when it is needed
+
+Who uses an adapter holds the object itself, so one that leaves this tier, or is replaced under its alias, lives on
+until its last request has ended. Safe from several threads; reading a folder blocks only those who want the same one.
+Knows nothing of graphs and rank rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from ovms_lora.adapters.adapter import Adapter, BaseLinears, load_adapter
+from ovms_lora.core.errors import UnknownAliasError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """An adapter under its alias. `alpha` multiplies the adapter's own PEFT scaling."""
+
+    alias: str
+    folder: Path
+    alpha: float
+    pinned: bool
+    digest: str
+    max_rank: int
+    paths: frozenset[str]
+
+
+class AdapterStore:
+    """Adapters for one base, kept in `dtype`."""
+
+    def __init__(self, base: BaseLinears, *, max_lora_rank: int, max_cpu_loras: int, dtype: np.dtype[Any]) -> None:
+        self._base = base
+        self._max_lora_rank = max_lora_rank
+        self._max_cpu_loras = max_cpu_loras
+        self._dtype = dtype
+        self._lock = threading.Lock()
+        self._registered: dict[str, Registered] = {}
+        self._host: OrderedDict[str, Adapter] = OrderedDict()  # by digest, least recently used first
+        self._alive: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
+        self._reading: dict[Path, threading.Lock] = {}
+
+    @property
+    def registered(self) -> Mapping[str, Registered]:
+        """The adapters by alias, as of now."""
+        return dict(self._registered)
+
+    def read(self, folder: Path) -> Adapter:
+        """Read and check an adapter folder. Raises AdapterError, or AdapterNotFoundError when there is no folder."""
+        adapter = load_adapter(folder, self._base, max_lora_rank=self._max_lora_rank, lora_dtype=self._dtype)
+        for name in adapter.frozen_copies:
+            log.info("%s: %s is a copy of the base's weight and is not used", folder.name, name)
+        with self._lock:
+            adapter = self._alive.setdefault(adapter.digest, adapter)
+            self._keep(adapter)
+        return adapter
+
+    def register(self, alias: str, folder: Path, adapter: Adapter, *, alpha: float, pinned: bool) -> Registered:
+        """Give an adapter its alias, in place of another one that may have it."""
+        paths = frozenset(adapter.layers)
+        entry = Registered(alias, folder, alpha, pinned, adapter.digest, adapter.max_rank, paths)
+        with self._lock:
+            self._registered[alias] = entry
+        return entry
+
+    def remove(self, alias: str) -> Registered:
+        """Take an alias away. Raises UnknownAliasError when nothing has it."""
+        with self._lock:
+            entry = self._registered.pop(alias, None)
+            if entry is None:
+                raise UnknownAliasError(alias)
+            if all(other.digest != entry.digest for other in self._registered.values()):
+                self._host.pop(entry.digest, None)
+        return entry
+
+    def get(self, alias: str) -> tuple[Registered, Adapter]:
+        """Return an adapter by alias, read from its folder again when it is not in host memory.
+
+        Raises UnknownAliasError, or AdapterError when the folder has gone bad meanwhile.
+        """
+        entry = self._entry(alias)
+        adapter = self._in_host(entry.digest)
+        if adapter is None:
+            with self._one_reader(entry.folder):
+                adapter = self._in_host(entry.digest) or self.read(entry.folder)
+            if adapter.digest != entry.digest:
+                log.warning("adapter %s has changed in its folder; its new version is used from now on", alias)
+                entry = self.register(alias, entry.folder, adapter, alpha=entry.alpha, pinned=entry.pinned)
+        return entry, adapter
+
+    def _entry(self, alias: str) -> Registered:
+        entry = self._registered.get(alias)
+        if entry is None:
+            raise UnknownAliasError(alias)
+        return entry
+
+    def _in_host(self, digest: str) -> Adapter | None:
+        with self._lock:
+            adapter = self._alive.get(digest)
+            if adapter is not None:
+                self._keep(adapter)
+            return adapter
+
+    def _keep(self, adapter: Adapter) -> None:
+        self._host[adapter.digest] = adapter
+        self._host.move_to_end(adapter.digest)
+        while len(self._host) > self._max_cpu_loras:
+            self._host.popitem(last=False)
+
+    @contextmanager
+    def _one_reader(self, folder: Path) -> Iterator[None]:
+        with self._lock:
+            reading = self._reading.setdefault(folder, threading.Lock())
+        with reading:
+            yield
+        with self._lock:
+            if not reading.locked():
+                self._reading.pop(folder, None)
