@@ -94,9 +94,9 @@ def _columns(split: Split, random: Random, count: int, *, kind: str | None = Non
 
 def _renamed(column: _Column, words: WordPool, random: Random) -> _Column:
     # A place's values end with the column's name, so that one has to stay.
-    if column.kind == "place" or random.random() < 0.7:
+    if column.kind == "place" or random.random() < 0.85:
         return column
-    made_up = words.acronym(random) if random.random() < 0.6 else words.made_up_word(random)
+    made_up = words.acronym(random) if random.random() < 0.8 else words.made_up_word(random)
     return _Column(made_up, column.kind)
 
 
@@ -152,30 +152,46 @@ def _compare(split: Split, random: Random, table: str) -> tuple[list[_Column], s
     return columns, question, f"SELECT {selected.name} FROM {table} WHERE {number.name} {sign} {value}"
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 TRAIN_SPLIT = Split(
     words=TRAIN,
     columns={
-        "person": (
-            *("winner", "driver", "author", "director", "coach", "captain", "artist", "owner", "singer", "mayor"),
-            *("lead_actor", "written_by", "manager", "runner_up", "designer", "opponent", "head_teacher"),
+        "person": _words(
+            "winner driver author director coach captain artist owner singer mayor lead_actor written_by manager"
+            " runner_up designer opponent head_teacher president player architect publisher founder actress"
+            " candidate challenger champion conductor defender incumbent presenter photographer principal"
+            " translator pilot guest rider second_place prime_minister"
         ),
-        "city": ("city", "country", "location", "home_town", "capital", "region", "origin", "county", "birthplace"),
-        "place": ("stadium", "school", "museum", "railway_station", "bridge", "church", "river", "theatre", "hotel"),
-        "title": ("title", "album", "song", "film", "original_title", "episode", "newspaper", "language", "genre"),
-        "code": ("model", "call_sign", "flight", "registration", "engine", "postcode", "route", "isbn", "unit"),
-        "date": ("date", "release_date", "born", "original_air_date", "opened", "date_of_birth"),
-        "score": ("score", "result", "final_score", "aggregate"),
-        "number": (
-            "year",
-            "points",
-            "population",
-            "rank",
-            "attendance",
-            "goals",
-            "height",
-            "laps",
-            "round",
-            "capacity",
+        "city": _words(
+            "city country location home_town capital region origin county birthplace municipality neighborhood"
+            " settlement state township village nation hometown constituency territory place_of_birth continent"
+        ),
+        "place": _words(
+            "stadium school museum railway_station bridge church river theatre hotel park college temple palace"
+            " circuit hospital mountain castle arena"
+        ),
+        "title": _words(
+            "title album song film original_title episode newspaper language genre brand category character club"
+            " company competition conference instrument label mascot name network nickname occupation organization"
+            " party position programme religion species sponsor team theme type translation"
+        ),
+        "code": _words(
+            "model call_sign flight registration engine postcode route isbn unit abbreviation callsign frequency"
+            " identifier license_plate locomotive number_plate serial_number symbol version gdp vin rpm dvd_region"
+            " fips_code bbc_rank"
+        ),
+        "date": _words(
+            "date release_date born original_air_date opened date_of_birth founded elected established finished"
+            " inaugurated launched"
+        ),
+        "score": _words("score result final_score aggregate first_leg record outcome"),
+        "number": _words(
+            "year points population rank attendance goals height laps round capacity age area channel depth"
+            " distance elevation games gold grid matches medals members pick silver speed starts time total votes"
+            " week width"
         ),
     },
     unnamed=(
@@ -267,8 +283,8 @@ TASK = Task(
     lora_alpha=16,
     target_modules=("q_proj", "v_proj"),
     layers=None,
-    steps=300,
+    steps=400,
     batch_size=4,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     longest_completion=64,
 )

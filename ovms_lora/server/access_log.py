@@ -1,4 +1,7 @@
-"""The access log: one line per request with its id, which the answer carries too. Never prompts, never keys."""
+"""The access log: one line per request with its id, which the answer carries too. Never prompts, never keys.
+
+Health probes come every few seconds and say nothing: their lines are for DEBUG.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ovms_lora.server.health import PROBES
 from ovms_lora.server.logs import request_id
 
 log = logging.getLogger("ovms_lora.access")
@@ -44,4 +48,5 @@ class AccessLogMiddleware:
             await self._app(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - begun
-            log.info("%s %s %d %.3fs", scope["method"], ascii(scope["path"])[1:-1][:256], status, seconds)
+            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            log.log(level, "%s %s %d %.3fs", scope["method"], ascii(scope["path"])[1:-1][:256], status, seconds)

@@ -19,8 +19,9 @@ from starlette.responses import JSONResponse, Response
 
 from ovms_lora import __version__
 from ovms_lora.core.errors import EngineError, OvmsLoraError
-from ovms_lora.server import config_routes, health, v1, v3
+from ovms_lora.server import config_routes, health, lora_routes, v1, v3
 from ovms_lora.server.access_log import AccessLogMiddleware
+from ovms_lora.server.adapter_updates import AdapterUpdates
 from ovms_lora.server.auth import ApiKeyMiddleware
 from ovms_lora.server.disconnect import ClientGoneError
 from ovms_lora.server.errors import error_style
@@ -60,9 +61,13 @@ def build_app(
         exception_handlers=_HANDLERS,
         redirect_slashes=False,
     )
-    app.state.server = ServerState(options, registry, lifecycle, Metrics(registry), Workers())
+    metrics, workers = Metrics(registry), Workers()
+    updates = AdapterUpdates(registry, lifecycle, metrics.lora, workers, options.lora_path_prefixes)
+    app.state.server = ServerState(options, registry, lifecycle, updates, metrics, workers)
     for router in (health.router, config_routes.router, v3.router, v1.router):
         app.include_router(router)
+    if options.runtime_lora_updating:
+        app.include_router(lora_routes.router)
     if options.metrics:
         app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["metrics"])
     return app
@@ -74,8 +79,8 @@ def _middleware(options: ServerOptions) -> list[Middleware]:
         stack.append(
             Middleware(CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"])
         )
-    if options.api_keys:
-        stack.append(Middleware(ApiKeyMiddleware, keys=options.api_keys))
+    if options.api_keys or options.admin_keys:
+        stack.append(Middleware(ApiKeyMiddleware, keys=options.api_keys, admin_keys=options.admin_keys))
     return [*stack, Middleware(LimitsMiddleware, limits=options.limits)]
 
 
@@ -108,7 +113,8 @@ async def _look_after_models(lifecycle: Lifecycle, poll_seconds: float) -> None:
 
 async def _metrics(request: Request) -> Response:
     """Return the metrics in Prometheus's text format."""
-    return Response(state_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4")
+    server = state_of(request)
+    return Response(await server.workers.block(server.metrics.exposition), media_type="text/plain; version=0.0.4")
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:

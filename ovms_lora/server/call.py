@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ovms_lora.core.errors import InvalidFieldError
 from ovms_lora.core.request import AdapterUse, GenerationRequest, SequenceOutput, TokenLogprob
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.server.adapter_choice import AdapterChoice
 
 if TYPE_CHECKING:
     from ovms_lora.server.sampling import TokenBudget
@@ -40,6 +41,12 @@ class Call:
     echo: bool = False
     wants_prompt_logprobs: bool = False
     cache_salt: str = ""
+    adapters: AdapterChoice = field(default_factory=AdapterChoice)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     def requests(
         self, max_model_len: int, adapters: tuple[AdapterUse, ...], deadline: float

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
 from ovms_lora.core.errors import ConfigError, OvmsLoraError
-from ovms_lora.server.registry import ModelRegistry, ModelStatus
+from ovms_lora.server.registry import ModelRegistry, ModelState, ModelStatus
 from ovms_lora.server.state import state_of
 
 router = APIRouter(prefix="/v1/config", tags=["config"])
@@ -32,7 +32,16 @@ async def reload(request: Request) -> JSONResponse:
 
 
 def _statuses(registry: ModelRegistry) -> dict[str, Any]:
-    return {name: {"model_version_status": [_status(status)]} for name, status in registry.statuses.items()}
+    """Return the states of the models, and, as if they were models, of the adapters that could not be loaded."""
+    failed = {
+        alias: ModelStatus(ModelState.LOADING, error.message)
+        for served in registry.served
+        if (lora := served.model.lora)
+        for alias, error in lora.failures.items()
+        if not lora.has(alias)
+    }
+    statuses = {**failed, **registry.statuses}
+    return {name: {"model_version_status": [_status(statuses[name])]} for name in (*registry.statuses, *failed)}
 
 
 def _status(status: ModelStatus) -> dict[str, Any]:

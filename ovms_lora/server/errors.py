@@ -34,6 +34,7 @@ ERROR_RULES = (
     ErrorRule(errors.UnavailableError, 503, 503, "ServiceUnavailableError"),
     ErrorRule(errors.DeadlineExceededError, 504, 504, "TimeoutError"),
     ErrorRule(errors.AdapterError, 400, 422, "UnprocessableEntityError"),
+    ErrorRule(errors.AdapterNotFoundError, 404, 404, "NotFoundError"),
     ErrorRule(errors.ConfigError, 412, 400, "BadRequestError"),
     ErrorRule(errors.ModelFolderError, 412, 400, "BadRequestError"),
     ErrorRule(Exception, 500, 500, "InternalServerError"),

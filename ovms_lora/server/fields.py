@@ -26,6 +26,7 @@ class ModelLimits:
 
     max_tokens_limit: int | None = None
     best_of_limit: int = 20
+    takes_adapters: bool = False
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -177,6 +178,15 @@ def uint32(not_unsigned: str, too_large: str) -> Check:
         return value
 
     return check
+
+
+def needs_adapters(name: str) -> Together:
+    """A field that only means something for a model with runtime adapters; the message is OVMS's."""
+    return Together(
+        name,
+        lambda fields, limits: name in fields and not limits.takes_adapters,
+        f"{name} is not supported when no dynamic LoRA adapters are available.",
+    )
 
 
 def unsupported(name: str, *harmless: Any) -> Field:

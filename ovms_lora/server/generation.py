@@ -1,6 +1,6 @@
 """The one handler behind completions and chat completions of both dialects.
 
-    bytes ──► document ──► selection ──► checked fields ──► tokens ──► engine ──► whole answer, or events
+    bytes ──► document ──► selection ──► checked fields ──► tokens ──► adapters ──► engine ──► whole answer, or events
 
 What differs between dialects and endpoints comes in as a `Dialect` and an `Endpoint`.
 """
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ovms_lora.core.request import SequenceOutput
+from ovms_lora.core.request import AdapterUse, SequenceOutput
+from ovms_lora.server.adapter_choice import AdapterChoice
 from ovms_lora.server.async_engine import OutputStream
 from ovms_lora.server.body import parse_object
 from ovms_lora.server.call import Call, Choices
@@ -46,11 +47,13 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
     """Answer one request for text."""
     server = state_of(request)
     document, size = await read_document(request, dialect)
-    selection = server.select(dialect.model_name(document, server.registry))
+    selection = await server.select(dialect.model_name(document, server.registry))
     metrics = server.metrics.begin(dialect.name, selection.served.name, streamed=document.get("stream") is True)
     try:
         call = await server.workers.run(size, _call, document, selection.served, dialect, endpoint)
-        work = _Work(server, selection, call, dialect, endpoint, metrics)
+        uses = await server.uses(selection, call.adapters)
+        metrics.use(call.adapters.names(selection), call.prompt_tokens)
+        work = _Work(server, selection, call, uses, dialect, endpoint, metrics)
         return await (work.streamed(request) if call.stream else work.whole(request))
     except BaseException as error:
         metrics.end(error)
@@ -61,7 +64,7 @@ def _call(document: Mapping[str, Any], served: ServedModel, dialect: Dialect, en
     """Return the request as this server works on it. Raises InvalidFieldError."""
     model = served.model
     values = endpoint.table.read(document, served.limits)
-    _tell_of_unknown(document, endpoint)
+    tell_of_unknown(document, endpoint.table)
     options = values.get("stream_options", {})
     return Call(
         id=f"{endpoint.id_prefix}-{secrets.token_hex(16)}",
@@ -76,11 +79,12 @@ def _call(document: Mapping[str, Any], served: ServedModel, dialect: Dialect, en
         echo=values.get("echo", False),
         wants_prompt_logprobs="prompt_logprobs" in values,
         cache_salt=values.get("cache_salt", ""),
+        adapters=AdapterChoice.of(values),
     )
 
 
-def _tell_of_unknown(document: Mapping[str, Any], endpoint: Endpoint) -> None:
-    unknown = [name for name in document if name not in endpoint.table.names and name != "model"]
+def tell_of_unknown(document: Mapping[str, Any], table: Table) -> None:
+    unknown = [name for name in document if name not in table.names and name != "model"]
     if unknown:
         log.info("ignored unknown request fields: %s", ", ".join(ascii(name)[:64] for name in unknown[:16]))
 
@@ -92,6 +96,7 @@ class _Work:
     server: ServerState
     selection: Selection
     call: Call
+    uses: tuple[AdapterUse, ...]
     dialect: Dialect
     endpoint: Endpoint
     metrics: CallMetrics
@@ -120,7 +125,7 @@ class _Work:
     def _open(self) -> OutputStream:
         served = self.selection.served
         deadline = time.monotonic() + self.server.options.limits.request_seconds
-        requests = self.call.requests(served.model.engine.max_model_len, self.selection.adapters, deadline)
+        requests = self.call.requests(served.model.engine.max_model_len, self.uses, deadline)
         return served.engine.open(requests)
 
     async def _collect(self, stream: OutputStream, choices: Choices) -> None:

@@ -14,6 +14,8 @@ PromptInput = str | tuple[int, ...]
 MAX_PROMPTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_BLEND = 64
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 def prompts(value: Any) -> tuple[PromptInput, ...]:
@@ -162,7 +164,32 @@ def lora_alphas(value: Any) -> dict[str, float]:
     """An object of numbers. Raises ValueError with OVMS's messages."""
     if not isinstance(value, dict):
         raise ValueError("lora_alphas must be an object")
-    for name, alpha in value.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise ValueError(f"lora_alphas value for '{name}' must be a number")
-    return value
+    return {alias: _strength(alpha, f"lora_alphas value for '{alias}' must be a number") for alias, alpha in value.items()}
+
+
+def lora(value: Any) -> tuple[tuple[str, float | None], ...]:
+    """A blend: an array of `{"alias", "alpha"}`, alpha left out for the adapter's own. Raises ValueError."""
+    if not isinstance(value, list):
+        raise ValueError("lora must be an array")
+    if len(value) > MAX_BLEND:
+        raise ValueError(f"lora must have no more than {MAX_BLEND} adapters")
+    parts = tuple(_blend_part(part) for part in value)
+    if len({alias for alias, _ in parts}) < len(parts):
+        raise ValueError("lora names an adapter twice")
+    return parts
+
+
+def _blend_part(part: Any) -> tuple[str, float | None]:
+    if not isinstance(part, dict) or not isinstance(part.get("alias"), str):
+        raise ValueError("lora must hold objects with an alias")
+    if set(part) - {"alias", "alpha"}:
+        raise ValueError("lora must hold objects of alias and alpha only")
+    alpha, alias = part.get("alpha"), part["alias"]
+    return alias, None if alpha is None else _strength(alpha, f"lora alpha for '{alias}' must be a number")
+
+
+def _strength(value: Any, message: str) -> float:
+    """Return a number that a 32-bit float can hold. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
+        raise ValueError(message)
+    return float(value)

@@ -1,8 +1,9 @@
 """Lifecycle: brings the served models to what the source wants, at start, on a reload and on a change of the file.
 
-    read ──► load what is new or changed ──► put (adds, swaps) ──► drain and stop what was replaced or removed
+    read ──► load new bases ──► apply adapters ──► put (adds, swaps) ──► drain and stop what was replaced or removed
 
-At start, what can be loaded is served; a reload is taken whole or not at all. Loading blocks, so it runs in a thread.
+At start, what can be loaded is served; a reload is taken whole or not at all. A base whose adapters alone have changed
+stays as it is. Loading blocks, so it runs in a thread.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +26,7 @@ from ovms_lora.server.registry import ModelRegistry, ModelState, ServedModel
 
 if TYPE_CHECKING:
     from ovms_lora.engine.engine import Deliver
+    from ovms_lora.engine.lora_runtime import LoraConfig
     from ovms_lora.engine.model import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -32,8 +35,13 @@ log = logging.getLogger(__name__)
 class LoadModel(Protocol):
     """Loads a model folder and starts its engine; `ovms_lora.engine.model.load_model` in service."""
 
-    def __call__(self, folder: Path, *, deliver: Deliver, plugin_config: dict[str, Any]) -> LoadedModel:
-        """Return the loaded model. Raises ModelFolderError."""
+    def __call__(
+        self, folder: Path, *, deliver: Deliver, plugin_config: dict[str, Any], lora: LoraConfig | None
+    ) -> LoadedModel:
+        """Return the loaded model; adapters that cannot be loaded stand in its `lora.failures`.
+
+        Raises ModelFolderError.
+        """
 
 
 class Lifecycle:
@@ -53,7 +61,8 @@ class Lifecycle:
         self._load_model = load
         self._limits = limits
         self._on_failure = on_failure
-        self._applying = asyncio.Lock()
+        # Held by whoever changes which names are served: one after the other, so that names stay unique.
+        self.changing = asyncio.Lock()
         self._leaving: dict[asyncio.Task[None], ServedModel] = {}
         self.started = False
         self.draining = False
@@ -77,20 +86,20 @@ class Lifecycle:
     async def start(self) -> None:
         """Load all models; serve those that can be loaded. Reports a failure when none can."""
         failure: OvmsLoraError | None = None
-        async with self._applying:
+        async with self.changing:
             try:
                 specs = self._source.read()
             except ConfigError as error:
                 self._on_failure(error)
                 return
             for spec in specs:
-                self._registry.mark(spec.name, ModelState.START)
+                self._registry.mark(spec.name, ModelState.START, aliases=spec.aliases)
             for spec in specs:
                 try:
                     self._registry.put(await self._load(spec))
-                except ModelFolderError as error:
+                except OvmsLoraError as error:
                     failure = error
-                    self._registry.mark(spec.name, ModelState.LOADING, error.message)
+                    self._registry.mark(spec.name, ModelState.LOADING, error.message, spec.aliases)
                     log.error("model %s cannot be loaded: %s", spec.name, error.message)
         if failure and not self._registry.served:
             self._on_failure(failure)
@@ -103,21 +112,30 @@ class Lifecycle:
     async def reload(self) -> bool:
         """Bring the served models to what the source wants now; return whether anything has changed.
 
-        Raises ConfigError or ModelFolderError; then nothing has changed.
+        Raises ConfigError, ModelFolderError, or what is wrong with an adapter; then nothing has changed.
         """
-        async with self._applying:
+        async with self.changing:
             wanted = self._source.read()
-            running = {served.name: served.spec for served in self._registry.served}
-            new = [spec for spec in wanted if running.get(spec.name) != spec]
+            self._check_names(wanted)
+            running = {served.name: served for served in self._registry.served}
+            changed = [spec for spec in wanted if spec.name not in running or running[spec.name].spec != spec]
+            new = [spec for spec in changed if spec.name not in running or not spec.same_base(running[spec.name].spec)]
+            kept = [spec for spec in changed if spec not in new]
             gone = set(self._registry.statuses) - {spec.name for spec in wanted}
             gone = {name for name in gone if self._registry.statuses[name].state is not ModelState.END}
-            loaded = await self._load_all(new)
+            async with contextlib.AsyncExitStack() as undo:
+                loaded = [await self._load_wholly(spec, undo) for spec in new]
+                for spec in kept:
+                    await self._apply(running[spec.name], spec, undo)
+                undo.pop_all()
             for served in loaded:
                 if replaced := self._registry.put(served):
                     self._retire(replaced)
+            for spec in kept:
+                self._registry.put(replace(running[spec.name], spec=spec))
             for name in gone:
                 self._remove(name)
-        return bool(new or gone)
+        return bool(changed or gone)
 
     async def poll(self) -> None:
         """Reload when the source has changed; a source that is not usable is logged once and left alone."""
@@ -138,30 +156,57 @@ class Lifecycle:
         for served in (*self._registry.served, *leaving.values()):
             await asyncio.to_thread(served.model.engine.stop)
 
-    async def _load_all(self, specs: list[ModelSpec]) -> list[ServedModel]:
-        """Load models, all or none."""
-        loaded: list[ServedModel] = []
-        async with contextlib.AsyncExitStack() as undo:
-            for spec in specs:
-                served = await self._load(spec)
-                undo.push_async_callback(asyncio.to_thread, served.model.engine.stop)
-                loaded.append(served)
-            undo.pop_all()
-        return loaded
+    def _check_names(self, wanted: Iterable[ModelSpec]) -> None:
+        """Raise ConfigError where a wanted name is that of an adapter which a client has loaded elsewhere."""
+        for spec in wanted:
+            for name in (spec.name, *spec.aliases):
+                base = self._registry.base_of(name)
+                if base and base.name != spec.name and name not in base.spec.aliases:
+                    raise ConfigError(
+                        f"the name {name!r} is that of an adapter loaded for {base.name!r}", hint="unload it first"
+                    )
+
+    async def _load_wholly(self, spec: ModelSpec, undo: contextlib.AsyncExitStack) -> ServedModel:
+        """Load a model with all of its adapters, or raise."""
+        served = await self._load(spec)
+        undo.push_async_callback(asyncio.to_thread, served.model.engine.stop)
+        for alias, error in served.model.lora.failures.items() if served.model.lora else ():
+            raise ConfigError(f"adapter {alias!r} of {spec.name!r}: {error.message}", hint=error.hint) from error
+        return served
+
+    async def _apply(self, served: ServedModel, spec: ModelSpec, undo: contextlib.AsyncExitStack) -> None:
+        """Bring the adapters of a served model to what `spec` wants, all or none. Raises what is wrong with one."""
+        lora, before = served.model.lora, served.spec.lora
+        if lora is None or spec.lora is None or before is None:
+            return
+        await asyncio.to_thread(lora.apply, spec.lora)
+        log.info("model %s: adapters are now %s", spec.name, ", ".join(spec.aliases) or "none")
+
+        async def restore() -> None:
+            try:
+                await asyncio.to_thread(lora.apply, before)
+            except OvmsLoraError as error:
+                log.error("model %s: the adapters before cannot be restored: %s", spec.name, error.message)
+
+        undo.push_async_callback(restore)
 
     async def _load(self, spec: ModelSpec) -> ServedModel:
         if self._registry.get(spec.name) is None:
-            self._registry.mark(spec.name, ModelState.LOADING)
+            self._registry.mark(spec.name, ModelState.LOADING, aliases=spec.aliases)
         log.info("loading model %s from %s", spec.name, spec.folder)
         bridge = AsyncEngine(asyncio.get_running_loop(), buffered_outputs=self._limits.buffered_outputs)
-        loading = asyncio.to_thread(
-            self._load_model, spec.folder, deliver=bridge.deliver, plugin_config=dict(spec.plugin_config)
+        model = await asyncio.to_thread(
+            self._load_model,
+            spec.folder,
+            deliver=bridge.deliver,
+            plugin_config=dict(spec.plugin_config),
+            lora=spec.lora,
         )
-        model = await loading
         bridge.attach(model.engine)
         served = ServedModel(spec, model, bridge)
         await self._warm(served)
         log.info("model %s is available", spec.name)
+        _log_adapters(served)
         return served
 
     async def _warm(self, served: ServedModel) -> None:
@@ -197,3 +242,16 @@ class Lifecycle:
         if self._registry.get(served.name) is None:
             self._registry.mark(served.name, ModelState.END)
         log.info("model %s was unloaded", served.spec.folder)
+
+
+def _log_adapters(served: ServedModel) -> None:
+    lora = served.model.lora
+    if lora is None:
+        return
+    loaded = ", ".join(card.alias for card in lora.cards())
+    log.info("model %s takes adapters; loaded: %s", served.name, loaded or "none")
+    for alias, error in lora.failures.items():
+        log.error("adapter %s of model %s cannot be loaded: %s", alias, served.name, error.message)
+    path = served.spec.lora.loading_path if served.spec.lora else None
+    if path and not path.is_dir():
+        log.warning("the loading path %s of model %s is not a folder", path, served.name)

@@ -16,9 +16,11 @@ from prometheus_client.registry import Collector
 
 from ovms_lora.core.errors import QueueFullError, UnavailableError
 from ovms_lora.server.disconnect import ClientGoneError
+from ovms_lora.server.lora_metrics import LoraMetrics
 
 if TYPE_CHECKING:
     from ovms_lora.core.request import SequenceOutput
+    from ovms_lora.server.lora_metrics import LoraCall
     from ovms_lora.server.registry import ModelRegistry
 
 _LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -99,6 +101,7 @@ class Metrics:
         )
         self.first_token = self._latency("vllm:time_to_first_token_seconds", "Time to the first token")
         self.inter_token = self._latency("vllm:inter_token_latency_seconds", "Time between tokens", _TOKEN_BUCKETS)
+        self.lora = LoraMetrics(models, registry)
         self.whole = self._latency("vllm:e2e_request_latency_seconds", "Time of a whole request")
 
     def _latency(self, name: str, documentation: str, buckets: Sequence[float] = _LATENCY_BUCKETS) -> Histogram:
@@ -109,7 +112,7 @@ class Metrics:
         return CallMetrics(self, api, model, "Stream" if streamed else "Unary")
 
     def exposition(self) -> bytes:
-        """Return everything in Prometheus's text format."""
+        """Return everything in Prometheus's text format; may wait for a runtime's lock."""
         return generate_latest(self._registry)
 
 
@@ -126,12 +129,20 @@ class CallMetrics:
         self._inter_token = metrics.inter_token.labels(model)
         self._seen_first = False
         self._ended = False
+        self._adapters: LoraCall | None = None
         metrics.current.labels(model).inc()
+
+    def use(self, adapters: Sequence[str], prompt_tokens: int) -> None:
+        """Note the adapters of the call, by alias, once they are loaded."""
+        if adapters:
+            self._adapters = self._metrics.lora.begin(self._model, adapters, prompt_tokens)
 
     def tokens(self, outputs: Iterable[SequenceOutput]) -> None:
         """Note that a step has brought something."""
         now = time.perf_counter()
-        if any(output.token_ids for output in outputs):
+        if count := sum(len(output.token_ids) for output in outputs):
+            if self._adapters:
+                self._adapters.tokens(count)
             (self._inter_token if self._seen_first else self._first_token).observe(now - self._last)
             self._seen_first = True
             self._last = now
@@ -141,6 +152,8 @@ class CallMetrics:
         if self._ended:
             return
         self._ended = True
+        if self._adapters:
+            self._adapters.end()
         metrics, seconds = self._metrics, time.perf_counter() - self._begun
         metrics.current.labels(self._model).dec()
         if isinstance(failure, QueueFullError | UnavailableError):

@@ -1,20 +1,33 @@
-"""Which models are to be served: from config.json, or from `--model_path`.
+"""Which models are to be served, with which adapters: from config.json, or from `--model_path`.
 
 Owns the wanted state as a list of ModelSpec, comparable from one reading to the next. Loads nothing.
+
+What a change of an entry means for a model that is served:
+
+| changed | done |
+|---|---|
+| adapters, composites, `pinned`, `dynamic_lora_loading_path`, an adapter's files | the runtime applies it, the base stays |
+| `max_loras`, `max_lora_rank`, `max_cpu_loras`, `total_rank`, `lora_dtype`; first or last of the LoRA keys | reloaded |
+| the folder, its files | reloaded |
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ovms_lora.core.config import ModelEntry, read_server_config
+from pydantic import ValidationError
+
+from ovms_lora.core.config import LoraOptions, ModelEntry, read_server_config
 from ovms_lora.core.errors import ConfigError
+from ovms_lora.core.names import check_alias
+from ovms_lora.engine.lora_runtime import AdapterSpec, CompositeSpec, LoraConfig
 
 # A re-export replaces these; their identity tells that the same path holds another model.
 _TELLING_FILES = ("openvino_model.xml", "openvino_model.bin", "graph.pbtxt", "ovms_lora_manifest.json")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 FileIdentity = tuple[int, int, int]
 
@@ -27,11 +40,51 @@ class ModelSpec:
     folder: Path
     files: tuple[FileIdentity | None, ...]
     plugin_config: Mapping[str, Any] = field(default_factory=dict)
+    lora: LoraConfig | None = None
+    adapter_files: tuple[FileIdentity | None, ...] = ()
 
     @property
     def name(self) -> str:
         """The name to serve it under."""
         return self.entry.name
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The configured names of its adapters and composites."""
+        if self.lora is None:
+            return ()
+        return (*(a.alias for a in self.lora.adapters), *(c.alias for c in self.lora.composites))
+
+    def same_base(self, other: ModelSpec) -> bool:
+        """Whether a model that serves `other` can serve this by another LoraConfig alone."""
+        return self._base() == other._base()
+
+    def _base(self) -> tuple[Any, ...]:
+        live = {"pinned": [], "dynamic_lora_loading_path": None}
+        options = self.lora.options.model_copy(update=live) if self.lora else None
+        return self.folder, self.files, self.plugin_config, options
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """An adapter that the command line names; `base` None is the one model that takes adapters."""
+
+    alias: str
+    folder: Path
+    base: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraDefaults:
+    """What the command line says of runtime adapters.
+
+    `enable` lets every model take adapters. `options` are keys of LoraOptions that config.json may override.
+    """
+
+    enable: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    loading_path: Path | None = None
+    modules: tuple[LoraModule, ...] = ()
 
 
 class ModelSource(Protocol):
@@ -47,15 +100,16 @@ class ModelSource(Protocol):
 class ConfigFile:
     """The models of a config.json; paths in it are relative to its folder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lora: LoraDefaults | None = None) -> None:
         self._path = path
+        self._lora = lora or LoraDefaults()
         self._seen: FileIdentity | None = None
 
     def read(self) -> tuple[ModelSpec, ...]:
         """Return the models to serve. Raises ConfigError."""
         self._seen = file_identity(self._path)
         config = read_server_config(self._path)
-        return tuple(model_spec(entry, self._path.parent / entry.base_path) for entry in config.models)
+        return _specs(config.models, self._path.parent, self._lora)
 
     def changed(self) -> bool:
         """Tell whether the file is another one than was read last."""
@@ -65,29 +119,115 @@ class ConfigFile:
 class SingleModel:
     """The one model of `--model_path`."""
 
-    def __init__(self, name: str, folder: Path, plugin_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, folder: Path, plugin_config: Mapping[str, Any], lora: LoraDefaults | None = None
+    ) -> None:
         self._entry = ModelEntry(name=name, base_path=str(folder))
-        self._folder = folder
         self._plugin_config = plugin_config
+        self._lora = lora or LoraDefaults()
 
     def read(self) -> tuple[ModelSpec, ...]:
-        """Return the one model."""
-        return (model_spec(self._entry, self._folder, self._plugin_config),)
+        """Return the one model. Raises ConfigError."""
+        return _specs((self._entry,), Path(), self._lora, self._plugin_config)
 
     def changed(self) -> bool:
         """Nothing is polled: a re-export is taken up by a reload."""
         return False
 
 
-def model_spec(entry: ModelEntry, folder: Path, plugin_config: Mapping[str, Any] | None = None) -> ModelSpec:
-    """Return the spec of one entry. Raises ConfigError for what this server cannot serve."""
-    if entry.takes_adapters:
+def _specs(
+    entries: Iterable[ModelEntry], root: Path, defaults: LoraDefaults, plugin_config: Mapping[str, Any] | None = None
+) -> tuple[ModelSpec, ...]:
+    entries = tuple(entries)
+    modules = _modules_by_model(entries, defaults)
+    specs = tuple(model_spec(entry, root, defaults, modules[entry.name], plugin_config) for entry in entries)
+    _check_names_differ(specs)
+    return specs
+
+
+def model_spec(
+    entry: ModelEntry,
+    root: Path,
+    defaults: LoraDefaults,
+    modules: Iterable[LoraModule] = (),
+    plugin_config: Mapping[str, Any] | None = None,
+) -> ModelSpec:
+    """Return the spec of one entry, whose paths are relative to `root`. Raises ConfigError."""
+    folder = (root / entry.base_path).absolute()
+    lora = _lora_config(entry, root, defaults, tuple(modules))
+    adapters = [spec.folder for spec in lora.adapters] if lora else []
+    return ModelSpec(
+        entry,
+        folder,
+        tuple(file_identity(folder / name) for name in _TELLING_FILES),
+        dict(plugin_config or {}),
+        lora,
+        tuple(file_identity(adapter / name) for adapter in adapters for name in _ADAPTER_FILES),
+    )
+
+
+def _lora_config(
+    entry: ModelEntry, root: Path, defaults: LoraDefaults, modules: tuple[LoraModule, ...]
+) -> LoraConfig | None:
+    if not (entry.takes_adapters or defaults.enable or modules):
+        return None
+    given = entry.lora_options.model_dump(exclude_unset=True) if entry.lora_options else {}
+    try:
+        options = LoraOptions.model_validate({**defaults.options, **given})
+    except ValidationError as error:
+        raise ConfigError(f"lora_options of {entry.name!r}: {error.errors()[0]['msg']}") from error
+    path = options.dynamic_lora_loading_path
+    configured = [
+        AdapterSpec(adapter.alias, (root / adapter.path).absolute(), adapter.alpha, adapter.alias in options.pinned)
+        for adapter in entry.lora_adapters
+    ]
+    return LoraConfig(
+        options=options,
+        adapters=(*configured, *(AdapterSpec(module.alias, module.folder.absolute()) for module in modules)),
+        composites=tuple(
+            CompositeSpec(composite.alias, tuple((part.adapter_alias, part.alpha) for part in composite.components))
+            for composite in entry.composite_lora_adapters
+        ),
+        loading_path=defaults.loading_path if path is None else local_folder(path, root),
+    )
+
+
+def local_folder(path: str, root: Path) -> Path:
+    """Return a loading path as an absolute folder. Raises ConfigError for a bucket."""
+    scheme, mark, _ = path.partition("://")
+    if mark:
         raise ConfigError(
-            f"model {entry.name!r}: runtime adapters are not supported yet", hint="merge the adapters at export"
+            f"loading adapters from {scheme}:// is not supported yet",
+            hint="give a local folder; buckets need ovms-lora[ray], which comes later",
         )
-    folder = folder.absolute()
-    files = tuple(file_identity(folder / name) for name in _TELLING_FILES)
-    return ModelSpec(entry, folder, files, dict(plugin_config or {}))
+    return (root / path).absolute()
+
+
+def _modules_by_model(entries: tuple[ModelEntry, ...], defaults: LoraDefaults) -> dict[str, list[LoraModule]]:
+    """Give the adapters of the command line to their bases."""
+    modules: dict[str, list[LoraModule]] = {entry.name: [] for entry in entries}
+    takers = [entry.name for entry in entries if entry.takes_adapters] or list(modules)
+    for module in defaults.modules:
+        check_alias(module.alias)
+        base = module.base if module.base is not None or len(takers) != 1 else takers[0]
+        if base is None:
+            raise ConfigError(
+                f"--lora-modules does not say for which model {module.alias!r} is",
+                hint='write it as {"name": …, "path": …, "base_model_name": …}',
+            )
+        if base not in modules:
+            raise ConfigError(f"--lora-modules names {base!r} as a base, and there is no such model")
+        modules[base].append(module)
+    return modules
+
+
+def _check_names_differ(specs: Iterable[ModelSpec]) -> None:
+    """Raise ConfigError for a name used twice; config.json was checked, the command line's adapters were not."""
+    seen: set[str] = set()
+    for name in (name for spec in specs for name in (spec.name, *spec.aliases)):
+        if name in seen:
+            raise ConfigError(f"the name {name!r} is used twice", hint="models and aliases share one set of names")
+        seen.add(name)
 
 
 def file_identity(path: Path) -> FileIdentity | None:

@@ -6,6 +6,7 @@ Owns the typed settings; knows nothing of models or of HTTP handling.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,9 @@ class Limits:
 class ServerOptions:
     """The settings of one server.
 
-    `api_keys` empty leaves the server open. `poll_seconds` is how often config.json is looked at; 0 never does.
+    `api_keys` empty leaves the server open; `admin_keys`, where there are some, are what loading and unloading adapters
+    needs. `poll_seconds` is how often config.json is looked at; 0 never does. `lora_path_prefixes` are the folders from
+    which a client may load adapters, beside the loading path of the base.
     """
 
     host: str = "127.0.0.1"
@@ -33,6 +36,9 @@ class ServerOptions:
     poll_seconds: float = 1.0
     log_level: str = "info"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
     allowed_origins: tuple[str, ...] = ()
     metrics: bool = True
+    runtime_lora_updating: bool = False
+    lora_path_prefixes: tuple[Path, ...] = ()
     limits: Limits = field(default_factory=Limits)

@@ -6,13 +6,13 @@ Owns the map from names to served models, on the event loop only. Loading and re
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from ovms_lora.core.errors import ModelNotFoundError, UnavailableError
-from ovms_lora.core.request import AdapterUse
+from ovms_lora.core.names import split_model
 from ovms_lora.server.fields import ModelLimits
 
 if TYPE_CHECKING:
@@ -33,10 +33,16 @@ class ModelState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """A model's state; `error` says why it cannot be loaded."""
+    """A model's state; `error` says why it cannot be loaded, `aliases` are the names that come with it."""
 
     state: ModelState
     error: str | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> bool:
+        """Whether it is wanted and not there yet."""
+        return self.state in (ModelState.START, ModelState.LOADING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +63,20 @@ class ServedModel:
     def limits(self) -> ModelLimits:
         """What its options allow a request to ask for."""
         options = self.model.options
-        return ModelLimits(options.max_tokens_limit, options.best_of_limit)
+        return ModelLimits(options.max_tokens_limit, options.best_of_limit, self.model.lora is not None)
+
+    def knows(self, alias: str) -> bool:
+        """Whether an adapter or composite has this alias: loaded, or configured and refused."""
+        lora = self.model.lora
+        return lora is not None and (lora.has(alias) or alias in lora.failures)
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What `model` of a request selects: a served model, and adapters to apply (none: the plain base)."""
+    """What `model` of a request selects: a served model, and an adapter or composite of it (None: the plain base)."""
 
     served: ServedModel
-    adapters: tuple[AdapterUse, ...] = ()
+    alias: str | None = None
 
 
 class ModelRegistry:
@@ -90,17 +101,40 @@ class ModelRegistry:
         return self._served.get(name)
 
     def resolve(self, model: str) -> Selection:
-        """Return what a request's `model` selects.
+        """Return what a request's `model` selects: a model, an alias, or `<base>:<alias>`. Does no I/O.
 
         Raises ModelNotFoundError, or UnavailableError while the model is being loaded or could not be.
         """
         served = self._served.get(model)
         if served:
             return Selection(served)
-        status = self._status.get(model)
-        if status and status.state in (ModelState.START, ModelState.LOADING):
-            raise UnavailableError("Mediapipe graph definition with requested name is not loaded yet")
+        base, alias = split_model(model)
+        if alias is None:
+            alias, bases = model, self.served
+        else:
+            bases = tuple(filter(None, [self._served.get(base)]))
+        for served in bases:
+            if served.knows(alias):
+                return Selection(served, alias)
+        for name, status in self._status.items():
+            if status.expected and (name in (model, base) or model in status.aliases):
+                raise UnavailableError("Mediapipe graph definition with requested name is not loaded yet")
         raise ModelNotFoundError(model)
+
+    def on_loading_paths(self, model: str) -> Iterator[Selection]:
+        """Yield what a `model` that `resolve` does not know may select, should a loading path hold its adapter."""
+        base, alias = split_model(model)
+        name = model if alias is None else alias
+        if name in self._served:  # a model's name is no adapter's
+            return
+        for served in self.served:
+            if served.model.lora is not None and (alias is None or served.name == base):
+                yield Selection(served, name)
+
+    def base_of(self, alias: str) -> ServedModel | None:
+        """Return the model that has an adapter or composite of this alias loaded."""
+        bases = (served for served in self.served if served.model.lora and served.model.lora.has(alias))
+        return next(bases, None)
 
     def put(self, served: ServedModel) -> ServedModel | None:
         """Serve a model from now on; return the one that it replaces."""
@@ -114,6 +148,6 @@ class ModelRegistry:
         self._status[name] = ModelStatus(ModelState.UNLOADING)
         return self._served.pop(name)
 
-    def mark(self, name: str, state: ModelState, error: str | None = None) -> None:
+    def mark(self, name: str, state: ModelState, error: str | None = None, aliases: tuple[str, ...] = ()) -> None:
         """Note a model's state; a served model stays served."""
-        self._status[name] = ModelStatus(state, error)
+        self._status[name] = ModelStatus(state, error, aliases)

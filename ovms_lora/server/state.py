@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from ovms_lora.core.errors import UnavailableError
+from ovms_lora.core.errors import ModelNotFoundError, UnavailableError
+from ovms_lora.core.request import AdapterUse
+from ovms_lora.server.adapter_choice import AdapterChoice
+from ovms_lora.server.adapter_updates import AdapterUpdates
 from ovms_lora.server.lifecycle import Lifecycle
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.options import ServerOptions
@@ -21,14 +25,36 @@ class ServerState:
     options: ServerOptions
     registry: ModelRegistry
     lifecycle: Lifecycle
+    adapters: AdapterUpdates
     metrics: Metrics
     workers: Workers
 
-    def select(self, model: str) -> Selection:
-        """Return what a request's `model` selects. Raises UnavailableError while the server drains."""
+    async def select(self, model: str) -> Selection:
+        """Return what a request's `model` selects; an unknown one is looked for on the loading paths.
+
+        Raises ModelNotFoundError, or UnavailableError while the model is loaded or the server drains.
+        """
         if self.lifecycle.draining:
             raise UnavailableError("the server is shutting down")
-        return self.registry.resolve(model)
+        try:
+            return self.registry.resolve(model)
+        except ModelNotFoundError:
+            for selection in self.registry.on_loading_paths(model):
+                lora = selection.served.model.lora
+                if lora and selection.alias and await self.workers.block(lora.findable, selection.alias):
+                    return selection
+            raise
+
+    async def uses(self, selection: Selection, choice: AdapterChoice) -> tuple[AdapterUse, ...]:
+        """Return the adapters of a request, loaded if they were not. Raises what `AdapterChoice.uses` does."""
+        lora, names = selection.served.model.lora, choice.names(selection)
+        if lora is None or not names:
+            return ()
+        missing = [name for name in names if not lora.has(name)]
+        with contextlib.ExitStack() as measured:
+            for name in missing:
+                measured.enter_context(self.metrics.lora.loading(name, is_known=name in lora.failures))
+            return await self.workers.block(choice.uses, selection)
 
 
 def state_of(request: Request) -> ServerState:

@@ -14,8 +14,9 @@ from ovms_lora.server import v1_fields
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.errors import OPENAI_ERRORS
 from ovms_lora.server.generation import generate, read_document
+from ovms_lora.server.model_cards import ModelCard, card_of, listed_cards
 from ovms_lora.server.prompts import chat_prompts, completion_prompts
-from ovms_lora.server.registry import ModelRegistry, ServedModel
+from ovms_lora.server.registry import ModelRegistry
 from ovms_lora.server.shapes import ChatShape, CompletionShape, ShapeStyle
 from ovms_lora.server.state import state_of
 from ovms_lora.server.tokenize import vllm_tokenize
@@ -70,32 +71,35 @@ async def tokenize(request: Request) -> Response:
     """Return the tokens of a prompt or of messages."""
     document, size = await read_document(request, V1)
     server = state_of(request)
-    model = server.select(_model_name(document, server.registry)).served.model
+    model = (await server.select(_model_name(document, server.registry))).served.model
     return JSONResponse(await server.workers.run(size, vllm_tokenize, document, model))
 
 
 @router.get("/models")
 async def models(request: Request) -> Response:
-    """List the served models."""
-    return JSONResponse({"object": "list", "data": [_card(served) for served in state_of(request).registry.served]})
+    """List the served models, then their adapters."""
+    server = state_of(request)
+    cards = await server.workers.block(listed_cards, server.registry.served)
+    return JSONResponse({"object": "list", "data": [_card(card) for card in cards]})
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
-    """Describe one model."""
-    served = state_of(request).registry.get(name)
-    if served is None:
+    """Describe one model, adapter or composite."""
+    server = state_of(request)
+    card = await server.workers.block(card_of, server.registry.served, name)
+    if card is None:
         raise ModelNotFoundError(name)
-    return JSONResponse(_card(served))
+    return JSONResponse(_card(card))
 
 
-def _card(served: ServedModel) -> dict[str, Any]:
+def _card(card: ModelCard) -> dict[str, Any]:
     return {
-        "id": served.name,
+        "id": card.name,
         "object": "model",
-        "created": served.created,
+        "created": card.served.created,
         "owned_by": "ovms-lora",
-        "root": str(served.spec.entry.base_path),
-        "parent": None,
-        "max_model_len": served.model.engine.max_model_len,
+        "root": card.root,
+        "parent": card.parent,
+        "max_model_len": card.served.model.engine.max_model_len,
     }

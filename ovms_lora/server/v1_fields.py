@@ -24,6 +24,7 @@ from ovms_lora.server.fields import (
     given,
     integer,
     items,
+    needs_adapters,
     number,
     text,
     that,
@@ -34,8 +35,6 @@ from ovms_lora.server.sampling import SamplingDefaults
 
 MAX_N = 128
 MAX_LOGIT_BIAS = 300
-
-_NO_ADAPTERS = "{} is not supported when no dynamic LoRA adapters are available."
 
 
 def _number(name: str, low: float, high: float) -> Field:
@@ -117,7 +116,7 @@ _COMMON = (
     Field("cache_salt", text("cache_salt must be a string")),
     Field("response_format", inputs.response_format),
     Field("lora_alphas", inputs.lora_alphas),
-    Field("lora", array("lora must be an array")),
+    Field("lora", inputs.lora),
     _integer("best_of", 1),
     # What would change the answer, and cannot yet
     unsupported("structured_outputs"),
@@ -179,8 +178,8 @@ _COMMON_TOGETHER = (
         lambda v, limits: limits.max_tokens_limit is not None and _asked_tokens(v) > limits.max_tokens_limit,
         "max_tokens must not be greater than {limits.max_tokens_limit}",
     ),
-    Together("lora_alphas", given("lora_alphas"), _NO_ADAPTERS.format("lora_alphas")),
-    Together("lora", given("lora"), _NO_ADAPTERS.format("lora")),
+    needs_adapters("lora_alphas"),
+    needs_adapters("lora"),
     # What the engine does not do yet: refused by name, never dropped.
     Together("best_of", lambda v, _: v.get("best_of", 1) > v.get("n", 1), "best_of greater than n is not supported"),
     Together(

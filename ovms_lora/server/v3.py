@@ -13,8 +13,9 @@ from ovms_lora.server import v3_fields
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.errors import OVMS_ERRORS
 from ovms_lora.server.generation import generate, read_document
+from ovms_lora.server.model_cards import ModelCard, card_of, listed_cards
 from ovms_lora.server.prompts import chat_prompts, completion_prompts
-from ovms_lora.server.registry import ModelRegistry, ServedModel
+from ovms_lora.server.registry import ModelRegistry
 from ovms_lora.server.shapes import ChatShape, CompletionShape, ShapeStyle
 from ovms_lora.server.state import state_of
 from ovms_lora.server.tokenize import ovms_tokenize
@@ -69,23 +70,26 @@ async def tokenize(request: Request) -> Response:
     """Return the tokens of texts."""
     document, size = await read_document(request, V3)
     server = state_of(request)
-    model = server.select(_model_name(document, server.registry)).served.model
+    model = (await server.select(_model_name(document, server.registry))).served.model
     return JSONResponse(await server.workers.run(size, ovms_tokenize, document, model))
 
 
 @router.get("/models")
 async def models(request: Request) -> Response:
-    """List the served models."""
-    return JSONResponse({"object": "list", "data": [_card(served) for served in state_of(request).registry.served]})
+    """List the served models, then their adapters."""
+    server = state_of(request)
+    cards = await server.workers.block(listed_cards, server.registry.served)
+    return JSONResponse({"object": "list", "data": [_card(card) for card in cards]})
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
-    """Describe one model."""
-    served = state_of(request).registry.get(name)
-    if served is None:
+    """Describe one model, adapter or composite."""
+    server = state_of(request)
+    card = await server.workers.block(card_of, server.registry.served, name)
+    if card is None:
         return JSONResponse({"error": "Model not found"}, 404)
-    return JSONResponse(_card(served))
+    return JSONResponse(_card(card))
 
 
 @router.post("/{path:path}", include_in_schema=False)
@@ -93,9 +97,11 @@ async def wrong_endpoint(request: Request) -> Response:
     """Refuse a path that OVMS would hand to a graph, with the graph's answer."""
     document, _ = await read_document(request, V3)
     server = state_of(request)
-    server.select(_model_name(document, server.registry))
+    await server.select(_model_name(document, server.registry))
     raise InvalidFieldError(f"Wrong endpoint. Allowed endpoints: {_ENDPOINTS}")
 
 
-def _card(served: ServedModel) -> dict[str, Any]:
-    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "OVMS"}
+def _card(card: ModelCard) -> dict[str, Any]:
+    # OVMS's card; only what OVMS has no cards for, an adapter, says more.
+    more = {} if card.parent is None else {"root": card.root, "parent": card.parent}
+    return {"id": card.name, "object": "model", "created": card.served.created, "owned_by": "OVMS", **more}

@@ -12,11 +12,10 @@ from ovms_lora.server.fields import (
     Table,
     Together,
     an_object,
-    array,
     at_least,
     boolean,
-    given,
     integer,
+    needs_adapters,
     number,
     text,
     that,
@@ -26,7 +25,6 @@ from ovms_lora.server.fields import (
 from ovms_lora.server.sampling import SamplingDefaults
 
 _COUNT_LIMIT = "{} value can't be greater than 4294967295"
-_NO_ADAPTERS = "{} is not supported when no dynamic LoRA adapters are available."
 
 _COMMON = (
     Field("stream"),
@@ -81,7 +79,7 @@ _COMMON = (
     Field("skip_special_tokens", boolean("skip_special_tokens is not a bool")),
     Field("response_format", inputs.response_format),
     Field("lora_alphas", inputs.lora_alphas),
-    Field("lora", array("lora must be an array")),
+    Field("lora", inputs.lora),
 )
 
 _COMPLETIONS = (
@@ -138,8 +136,8 @@ _COMMON_TOGETHER = (
         "best_of cannot be used in streaming mode",
     ),
     Together("n", lambda v, _: v.get("n", 1) > v.get("best_of", 1), "n value cannot be greater than best_of"),
-    Together("lora_alphas", given("lora_alphas"), _NO_ADAPTERS.format("lora_alphas")),
-    Together("lora", given("lora"), _NO_ADAPTERS.format("lora")),
+    needs_adapters("lora_alphas"),
+    needs_adapters("lora"),
     # What the engine does not do yet: refused by name, never dropped.
     Together("best_of", lambda v, _: v.get("best_of", 1) > 1, "best_of greater than 1 is not supported"),
     Together(

@@ -1,6 +1,6 @@
-"""Workers: threads for what would hold the event loop up: parsing, templates, tokenising.
+"""Workers: threads for what would hold the event loop up: parsing, templates, tokenising, adapter files.
 
-Owns the pool and the bound between what is worth a thread and what is not.
+Owns the pools and the bound between what is worth a thread and what is not.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _INLINE_BYTES = 4096
+# They wait for files and locks rather than compute; so many cold adapters may load before a warm one has to wait.
+_BLOCKING_THREADS = 32
 
 
 class Workers:
-    """A small pool of threads."""
+    """A small pool of threads that compute, and a larger one of threads that wait."""
 
     def __init__(self, threads: int = 2) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
+        self._blocking = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="adapters")
 
     async def run(self, size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `work`: in a thread, or right here when `size` bytes of input are quicker than the way there."""
@@ -29,6 +32,11 @@ class Workers:
             return work(*args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *args, **kwargs))
 
+    async def block(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `work`, which may wait for files or locks, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._blocking, partial(work, *args, **kwargs))
+
     def stop(self) -> None:
         """End the threads; what waits is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._blocking.shutdown(wait=False, cancel_futures=True)
