@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs lock clean
+.PHONY: help demo test check docs lock clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,9 +21,6 @@ check: $(VENV)/.dev ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-
-bench: $(VENV)/.bench $(VENV)/.model ## measure (short form); results in bench/results/
-	@$(BIN)/python -m bench.run
 
 docs: $(VENV)/.dev ## write the generated parts of the documentation again
 	@$(BIN)/python docs/generate.py
@@ -56,9 +53,6 @@ $(VENV)/.export: requirements/export.txt $(VENV)/.torch
 	$(install)
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.torch
-	$(install)
-
-$(VENV)/.bench: requirements/bench.txt $(VENV)/.torch
 	$(install)
 
 $(VENV)/.model: requirements/model.txt | $(BIN)/python

@@ -104,7 +104,7 @@ TASK = Task(
     target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     # 9 of 30 layers: all of them at this rank would be 9.8 MB in bf16.
     layers=tuple(range(5, 30, 3)),
-    steps=200,
+    steps=240,
     batch_size=4,
     learning_rate=2e-3,
     longest_completion=80,

@@ -1,4 +1,4 @@
-"""The command line: `ovms-lora serve …`, `ovms-lora export …`.
+"""The command line: `ovms-lora serve …`, `ovms-lora export …`, `ovms-lora check …`.
 
 Owns flags, exit codes and how errors look: `error:` and `hint:` on stderr; 0 is well, 1 failed, 2 misused.
 """
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ovms_lora import __version__
-from ovms_lora.core.errors import OvmsLoraError, UsageError
+from ovms_lora.core.errors import ConfigError, OvmsLoraError, UsageError
 
 if TYPE_CHECKING:
-    from ovms_lora.server.model_source import ModelSource
+    from ovms_lora.server.model_source import LoraDefaults, LoraModule, ModelSource
     from ovms_lora.server.options import ServerOptions
 
 _LOG_LEVELS = {"error": "error", "warning": "warning", "info": "info", "debug": "debug", "trace": "debug"}
@@ -78,14 +78,17 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["export"]:
         from ovms_lora.export.cli import main as export_main
 
-        return int(export_main(arguments[1:]))
+        return int(export_main(arguments[1:], prog="ovms-lora export"))
     if arguments[:1] == ["serve"]:
         return _serve(_serve_parser().parse_all(arguments[1:]))
+    if arguments[:1] == ["check"]:
+        return _check(_check_parser().parse_all(arguments[1:]))
     parser = _Parser(prog="ovms-lora", description="Serve language models with LoRA adapters on OpenVINO.")
     parser.add_argument("--version", action="version", version=f"ovms-lora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("serve", help="answer requests over HTTP")
     commands.add_parser("export", help="make a model folder from a model and adapters")
+    commands.add_parser("check", help="say whether a model, an adapter or a config.json can be served")
     parser.parse_all(arguments)
     return 0
 
@@ -111,7 +114,56 @@ def _serve_parser() -> _Parser:
     parser.add(
         "metrics_enable", type=_on_off, nargs="?", const=True, default=True, metavar="true|false", help="default true"
     )
+    _add_lora_flags(parser)
     return parser
+
+
+def _add_lora_flags(parser: _Parser) -> None:
+    """Add vLLM's flags; they hold for `--model_path`, or where an entry of `--config_path` says nothing else."""
+    parser.add("enable_lora", action="store_true", help="let every model take runtime adapters")
+    numbers = (
+        ("max_loras", "adapters in the graph at once (default 8)"),
+        ("max_lora_rank", "largest rank of an adapter, up to 256 (default 64)"),
+        ("max_cpu_loras", "adapters kept in host memory (default 64)"),
+    )
+    for name, text in numbers:
+        parser.add(name, type=_count, metavar="N", help=text)
+    parser.add("lora_total_rank", type=_total_rank, metavar="N|auto", help="rank rows of all together (default auto)")
+    parser.add("lora_dtype", choices=("auto", "f32", "bf16"), help="precision of adapters (default auto)")
+    parser.add(
+        "lora_modules",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=DIR",
+        help='adapters to load at start, or as JSON {"name", "path", "base_model_name"}',
+    )
+    parser.add("dynamic_lora_loading_path", metavar="DIR", help="folder whose adapters are loaded when asked for")
+    parser.add("allow_runtime_lora_updating", action="store_true", help="let clients load and unload adapters")
+    parser.add(
+        "lora_path_prefix",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="where clients may load adapters from (repeatable; default the folder of config.json; "
+        "a loading path always is)",
+    )
+    parser.add("admin_key_file", type=Path, metavar="FILE", help="keys for that (or the environment's ADMIN_API_KEY)")
+
+
+def _check_parser() -> _Parser:
+    parser = _Parser(prog="ovms-lora check", description="Say whether something can be served, and what is wrong.")
+    parser.add_argument("path", type=Path, metavar="PATH", help="a model folder, an adapter folder or a config.json")
+    parser.add("base", type=Path, metavar="DIR", help="model folder to check an adapter against")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from ovms_lora.check import check
+
+    for line in check(arguments.path, base=arguments.base):
+        print(line)
+    return 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -131,10 +183,26 @@ def _server_options(arguments: argparse.Namespace) -> ServerOptions:
         port=arguments.rest_port,
         poll_seconds=arguments.file_system_poll_wait_seconds,
         log_level=arguments.log_level,
-        api_keys=_api_keys(arguments.api_key_file),
+        api_keys=_keys("--api_key_file", arguments.api_key_file, "API_KEY"),
+        admin_keys=_keys("--admin_key_file", arguments.admin_key_file, "ADMIN_API_KEY"),
         allowed_origins=tuple(filter(None, (origin.strip() for origin in arguments.allowed_origins.split(",")))),
         metrics=arguments.metrics_enable,
+        runtime_lora_updating=arguments.allow_runtime_lora_updating,
+        lora_path_prefixes=_lora_path_prefixes(arguments),
     )
+
+
+def _lora_path_prefixes(arguments: argparse.Namespace) -> tuple[Path, ...]:
+    given: list[Path] | None = arguments.lora_path_prefix
+    if given is None:
+        # The operator's own files lie there; with --model_path only a loading path is left.
+        return (arguments.config_path.absolute().parent,) if arguments.config_path else ()
+    if not arguments.allow_runtime_lora_updating:
+        raise UsageError("--lora-path-prefix needs --allow-runtime-lora-updating")
+    for folder in given:
+        if not folder.is_dir():
+            raise UsageError(f"--lora-path-prefix {folder} is not a folder")
+    return tuple(folder.absolute() for folder in given)
 
 
 def _model_source(arguments: argparse.Namespace) -> ModelSource:
@@ -149,9 +217,60 @@ def _model_source(arguments: argparse.Namespace) -> ModelSource:
     if arguments.config_path:
         if arguments.model_name or arguments.plugin_config:
             raise UsageError("--model_name and --plugin_config go with --model_path only")
-        return ConfigFile(arguments.config_path)
+        return ConfigFile(arguments.config_path, _lora_defaults(arguments))
     name = arguments.model_name or arguments.model_path.absolute().name
-    return SingleModel(name, arguments.model_path, _json_object("--plugin_config", arguments.plugin_config))
+    lora = _lora_defaults(arguments)
+    if not lora.enable and (lora.modules or lora.loading_path or lora.options or arguments.allow_runtime_lora_updating):
+        raise UsageError("flags of runtime adapters are given without --enable-lora", hint="add --enable-lora")
+    plugin_config = _json_object("--plugin_config", arguments.plugin_config)
+    return SingleModel(name, arguments.model_path, plugin_config, lora)
+
+
+def _lora_defaults(arguments: argparse.Namespace) -> LoraDefaults:
+    from ovms_lora.server.model_source import LoraDefaults, local_folder
+
+    flags = {
+        "max_loras": arguments.max_loras,
+        "max_lora_rank": arguments.max_lora_rank,
+        "max_cpu_loras": arguments.max_cpu_loras,
+        "total_rank": arguments.lora_total_rank,
+        "lora_dtype": arguments.lora_dtype,
+    }
+    path = arguments.dynamic_lora_loading_path
+    try:
+        loading_path = local_folder(path, Path()) if path else None
+    except ConfigError as error:
+        raise UsageError(f"--dynamic-lora-loading-path: {error.message}", hint=error.hint) from error
+    return LoraDefaults(
+        enable=arguments.enable_lora,
+        options={name: value for name, value in flags.items() if value is not None},
+        loading_path=loading_path,
+        modules=tuple(module for text in arguments.lora_modules for module in _lora_modules(text)),
+    )
+
+
+def _lora_modules(text: str) -> list[LoraModule]:
+    """Return the adapters of one `name=path`, JSON object or JSON array of objects. Raises UsageError."""
+    from ovms_lora.server.model_source import LoraModule
+
+    hint = 'write sql=loras/sql, or {"name": "sql", "path": "loras/sql"}'
+    if not text.lstrip().startswith(("{", "[")):
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise UsageError(f"--lora-modules {text!r} is not name=path", hint=hint)
+        return [LoraModule(name, Path(path))]
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--lora-modules is not valid JSON: {error}", hint=hint) from error
+    modules = []
+    for item in value if isinstance(value, list) else [value]:
+        known = item if isinstance(item, dict) and set(item) <= {"name", "path", "base_model_name"} else {}
+        name, path, base = known.get("name"), known.get("path"), known.get("base_model_name")
+        if not (isinstance(name, str) and isinstance(path, str) and isinstance(base, str | None)):
+            raise UsageError("--lora-modules takes objects of name, path and base_model_name", hint=hint)
+        modules.append(LoraModule(name, Path(path), base))
+    return modules
 
 
 def _json_object(flag: str, text: str | None) -> dict[str, Any]:
@@ -164,18 +283,28 @@ def _json_object(flag: str, text: str | None) -> dict[str, Any]:
     return value
 
 
-def _api_keys(path: Path | None) -> tuple[str, ...]:
+def _keys(flag: str, path: Path | None, variable: str) -> tuple[str, ...]:
     if path is None:
-        key = os.environ.get("API_KEY", "").strip()
+        key = os.environ.get(variable, "").strip()
         return (key,) if key else ()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --api_key_file {path}", hint="give a text file with one key a line") from error
+        raise UsageError(f"cannot read {flag} {path}", hint="give a text file with one key a line") from error
     keys = tuple(filter(None, map(str.strip, lines)))
     if not keys:
-        raise UsageError(f"--api_key_file {path} holds no key", hint="write one key a line")
+        raise UsageError(f"{flag} {path} holds no key", hint="write one key a line")
     return keys
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _total_rank(text: str) -> int | str:
+    return text if text == "auto" else _count(text)
 
 
 def _port(text: str) -> int:

@@ -16,7 +16,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ovms_lora.server.errors import error_style
 from ovms_lora.server.health import PROBES
 
-
 # What changes the server, and so needs an admin key where there is one.
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 

@@ -24,6 +24,7 @@ from ovms_lora.server.body import parse_object
 from ovms_lora.server.call import Call, Choices
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.disconnect import unless_gone
+from ovms_lora.server.fields import Table
 from ovms_lora.server.sampling import sampling_params, token_budget
 from ovms_lora.server.shapes import Answer, ChoiceShape
 from ovms_lora.server.sse import EventStream, event
@@ -84,6 +85,7 @@ def _call(document: Mapping[str, Any], served: ServedModel, dialect: Dialect, en
 
 
 def tell_of_unknown(document: Mapping[str, Any], table: Table) -> None:
+    """Log the names of fields that the table does not know and that are ignored."""
     unknown = [name for name in document if name not in table.names and name != "model"]
     if unknown:
         log.info("ignored unknown request fields: %s", ", ".join(ascii(name)[:64] for name in unknown[:16]))

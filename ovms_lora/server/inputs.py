@@ -164,7 +164,9 @@ def lora_alphas(value: Any) -> dict[str, float]:
     """An object of numbers. Raises ValueError with OVMS's messages."""
     if not isinstance(value, dict):
         raise ValueError("lora_alphas must be an object")
-    return {alias: _strength(alpha, f"lora_alphas value for '{alias}' must be a number") for alias, alpha in value.items()}
+    return {
+        alias: _strength(alpha, f"lora_alphas value for '{alias}' must be a number") for alias, alpha in value.items()
+    }
 
 
 def lora(value: Any) -> tuple[tuple[str, float | None], ...]:

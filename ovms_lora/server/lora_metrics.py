@@ -109,7 +109,9 @@ class _Runtimes(Collector):
             "ovms_lora_resident", "Whether an adapter is in the graph's LoRA state", labels=("adapter",)
         )
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-        requests = GaugeMetricFamily("vllm:lora_requests_info", "Adapters of running and waiting requests", labels=labels)
+        requests = GaugeMetricFamily(
+            "vllm:lora_requests_info", "Adapters of running and waiting requests", labels=labels
+        )
         loras = [(s.name, s.model.lora, s.spec.lora) for s in self._models.served]
         max_loras, shown = 0, 0
         for _, lora, config in loras:

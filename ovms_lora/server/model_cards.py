@@ -31,9 +31,11 @@ class ModelCard:
 def listed_cards(models: Iterable[ServedModel]) -> list[ModelCard]:
     """Return the cards of all models, then those of their adapters; a name stands once."""
     models = tuple(models)
-    cards = [_base_card(served) for served in models]
-    cards += [card for served in models for card in _adapter_cards(served)]
-    return list({card.name: card for card in reversed(cards)}.values())[::-1]
+    cards: dict[str, ModelCard] = {served.name: _base_card(served) for served in models}
+    for served in models:
+        for card in _adapter_cards(served):
+            cards.setdefault(card.name, card)
+    return list(cards.values())
 
 
 def card_of(models: Iterable[ServedModel], name: str) -> ModelCard | None:
@@ -66,7 +68,9 @@ def _folders(path: Path) -> list[str]:
     """Return the names of the adapter folders in `path`; none when it cannot be read."""
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if (path / entry.name / _MARK).is_file() and _fits(entry.name))
+            return sorted(
+                entry.name for entry in entries if (path / entry.name / _MARK).is_file() and _fits(entry.name)
+            )
     except OSError:
         return []
 

@@ -6,7 +6,7 @@ What a change of an entry means for a model that is served:
 
 | changed | done |
 |---|---|
-| adapters, composites, `pinned`, `dynamic_lora_loading_path`, an adapter's files | the runtime applies it, the base stays |
+| adapters, composites, `pinned`, loading path, an adapter's files | the runtime applies it, the base stays |
 | `max_loras`, `max_lora_rank`, `max_cpu_loras`, `total_rank`, `lora_dtype`; first or last of the LoRA keys | reloaded |
 | the folder, its files | reloaded |
 """
@@ -60,7 +60,7 @@ class ModelSpec:
         return self._base() == other._base()
 
     def _base(self) -> tuple[Any, ...]:
-        live = {"pinned": [], "dynamic_lora_loading_path": None}
+        live: dict[str, Any] = {"pinned": [], "dynamic_lora_loading_path": None}
         options = self.lora.options.model_copy(update=live) if self.lora else None
         return self.folder, self.files, self.plugin_config, options
 

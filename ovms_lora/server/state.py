@@ -41,7 +41,10 @@ class ServerState:
         except ModelNotFoundError:
             for selection in self.registry.on_loading_paths(model):
                 lora = selection.served.model.lora
-                if lora and selection.alias and await self.workers.block(lora.findable, selection.alias):
+                if lora is None or selection.alias is None:
+                    continue
+                found: bool = await self.workers.block(lora.findable, selection.alias)
+                if found:
                     return selection
             raise
 

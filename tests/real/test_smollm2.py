@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from examples.demo import PROMPT
 from ovms_lora.core.request import AdapterUse, GenerationRequest, SequenceOutput
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine.lora_runtime import AdapterSpec, LoraConfig
@@ -23,6 +22,11 @@ pytestmark = [
 ]
 
 NEW_TOKENS = 24
+PROMPT = (
+    "[user] Write a SQL query to answer the question based on the table schema.\n\n"
+    " context: CREATE TABLE table_name_74 (icao VARCHAR, airport VARCHAR)\n\n"
+    " question: Name the ICAO for lilongwe international airport [/user] [assistant]"
+)
 SUBJECTS = ("The king", "A computer", "Two rivers and a hill", "In 1815 the 3 ships", "Ünïcödé 漢字", "def add(a, b):")
 ADAPTERS = tuple(AdapterSpec(alias, ROOT / "examples" / "adapters" / alias) for alias in ("sql", "tools"))
 

@@ -17,6 +17,7 @@ from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError, OvmsLoraError
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
+from ovms_lora.engine.lora_runtime import LoraConfig
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import ConfigFile, ModelSource, SingleModel
@@ -42,7 +43,10 @@ class FakeModels:
     runners: dict[str, FakeRunner] = field(default_factory=dict)
     engines: list[Engine] = field(default_factory=list)
 
-    def __call__(self, folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, Any]) -> LoadedModel:
+    def __call__(
+        self, folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, Any], lora: LoraConfig | None
+    ) -> LoadedModel:
+        assert lora is None, "the double serves plain models"
         if "broken" in folder.name:
             raise ModelFolderError(f"{folder.name} is not a model", hint="export it again")
         tokenizer = byte_tokenizer()

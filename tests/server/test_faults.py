@@ -205,7 +205,6 @@ async def test_sixteen_streams_at_once_are_each_their_own(served: Served) -> Non
     assert list(texts) == alone
 
 
-@pytest.mark.xfail(strict=False, reason="tokenizers' encode holds the GIL; its encode_batch_fast does not")
 async def test_a_long_prompt_leaves_the_loop_free(served: Served) -> None:
     longest, done = 0.0, False
 

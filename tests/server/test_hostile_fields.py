@@ -27,7 +27,6 @@ TABLES = [
     (v1_fields.COMPLETIONS, v1_fields.DEFAULTS),
     (v1_fields.CHAT, v1_fields.DEFAULTS),
 ]
-OVERFLOWS = pytest.mark.xfail(strict=False, reason="the sampler's float32 arithmetic overflows")
 REQUIRED = {"prompt": "hi", "messages": [{"role": "user"}]}
 
 
@@ -57,8 +56,8 @@ def test_bodies_are_taken_or_refused(body: bytes) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param({"repetition_penalty": 1e308}, marks=OVERFLOWS),
-        pytest.param({"repetition_penalty": 1e-308}, marks=OVERFLOWS),
+        {"repetition_penalty": 1e308},
+        {"repetition_penalty": 1e-308},
         {"repetition_penalty": -1},
         {"length_penalty": -1e308},
         {"temperature": 1e-308},

@@ -206,16 +206,6 @@ async def test_the_file_is_polled(tmp_path: Path) -> None:
         assert await served.text("/v3/completions", model="b", prompt="hi", max_tokens=1)
 
 
-async def test_runtime_adapters_are_refused_by_name(tmp_path: Path) -> None:
-    path = write_config(tmp_path, "a")
-    async with serving(source=path) as served:
-        document = json.loads(path.read_text())
-        document["model_config_list"][0]["config"]["lora_options"] = {}
-        path.write_text(json.dumps(document))
-        code, answer = await reload(served)
-        assert (code, "runtime adapters are not supported yet" in answer["error"]) == (412, True)
-
-
 async def test_two_servers_in_one_process_share_nothing(tmp_path: Path) -> None:
     async with serving(source=write_config(tmp_path, "a")) as one, serving() as two:
         assert list(await config(one)) == ["a"]
