@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,6 +22,7 @@ from ovms_lora import cli
 from ovms_lora.core.config import ServerConfig
 from ovms_lora.core.errors import EngineError, QueueFullError
 from ovms_lora.engine.engine import EngineStats
+from ovms_lora.engine.lora_runtime import AdapterCard, LoraConfig
 from ovms_lora.export.arguments import build_parser
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.registry import ModelRegistry
@@ -55,6 +56,7 @@ def command_line() -> str:
     tasks = next(action for action in exporter._actions if isinstance(action, argparse._SubParsersAction))
     text = f"# Command line\n\n{_NOTE}\n\nEvery flag may be written with `_` or with `-`.\n"
     text += _command("ovms-lora serve", cli._serve_parser())
+    text += _command("ovms-lora check", cli._check_parser())
     text += _command("export_model.py text_generation", tasks.choices["text_generation"])
     return text + "\n`ovms-lora export text_generation` is the same command.\n"
 
@@ -69,6 +71,10 @@ def _command(name: str, parser: argparse.ArgumentParser) -> str:
 def _row(action: argparse.Action) -> str:
     metavar = action.metavar or ("" if action.choices is None else ", ".join(map(str, action.choices)))
     value = "" if action.nargs == 0 else str(metavar)
+    if action.nargs == "+":
+        value += " …"
+    if not action.option_strings:
+        return f"| {value} | | {_cell(action.help or '')} |\n"
     return f"| `{action.option_strings[0]}` | {_cell(f'`{value}`' if value else '')} | {_cell(action.help or '')} |\n"
 
 
@@ -91,8 +97,12 @@ def metrics() -> str:
 
 def _families() -> Iterator[Metric]:
     measured = Metrics(cast(ModelRegistry, _Models()))
+    with measured.lora.loading("sql", is_known=True):
+        pass
     for ending in (None, QueueFullError("full"), EngineError("failed")):
-        measured.begin("V3", "m", streamed=False).end(ending)
+        call = measured.begin("V3", "m", streamed=False)
+        call.use(["sql"], 1)
+        call.end(ending)
     for family in text_string_to_metric_families(measured.exposition().decode()):
         if not family.name.endswith("_created"):
             yield family
@@ -106,12 +116,15 @@ def _metric_row(family: Metric) -> str:
 
 
 class _Models:
-    """A registry of one model whose engine has done nothing."""
+    """A registry of one model with one adapter, whose engine has done nothing."""
 
     def __init__(self) -> None:
         stats = EngineStats(**dict.fromkeys((field.name for field in fields(EngineStats)), 0))
-        engine = SimpleNamespace(stats=lambda: stats)
-        self.served: tuple[Any, ...] = (SimpleNamespace(name="m", model=SimpleNamespace(engine=engine)),)
+        model = SimpleNamespace(
+            engine=SimpleNamespace(stats=lambda: stats),
+            lora=SimpleNamespace(cards=lambda: [AdapterCard("sql", "loras/sql")]),
+        )
+        self.served = [SimpleNamespace(name="m", model=model, spec=SimpleNamespace(lora=LoraConfig()))]
 
 
 if __name__ == "__main__":
