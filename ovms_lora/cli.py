@@ -255,10 +255,10 @@ def _lora_modules(text: str) -> list[LoraModule]:
 
     hint = 'write sql=loras/sql, or {"name": "sql", "path": "loras/sql"}'
     if not text.lstrip().startswith(("{", "[")):
-        alias, _, folder = text.partition("=")
-        if not alias or not folder:
+        name, _, path = text.partition("=")
+        if not name or not path:
             raise UsageError(f"--lora-modules {text!r} is not name=path", hint=hint)
-        return [LoraModule(alias, Path(folder))]
+        return [LoraModule(name, Path(path))]
     try:
         value = json.loads(text)
     except ValueError as error:
