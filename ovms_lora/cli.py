@@ -255,10 +255,10 @@ def _lora_modules(text: str) -> list[LoraModule]:
 
     hint = 'write sql=loras/sql, or {"name": "sql", "path": "loras/sql"}'
     if not text.lstrip().startswith(("{", "[")):
-        name, _, path = text.partition("=")
-        if not name or not path:
+        alias, _, folder = text.partition("=")
+        if not alias or not folder:
             raise UsageError(f"--lora-modules {text!r} is not name=path", hint=hint)
-        return [LoraModule(name, Path(path))]
+        return [LoraModule(alias, Path(folder))]
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -266,10 +266,10 @@ def _lora_modules(text: str) -> list[LoraModule]:
     modules = []
     for item in value if isinstance(value, list) else [value]:
         known = item if isinstance(item, dict) and set(item) <= {"name", "path", "base_model_name"} else {}
-        alias, folder, base = known.get("name"), known.get("path"), known.get("base_model_name")
-        if not (isinstance(alias, str) and isinstance(folder, str) and isinstance(base, str | None)):
+        name, path, base = known.get("name"), known.get("path"), known.get("base_model_name")
+        if not (isinstance(name, str) and isinstance(path, str) and isinstance(base, str | None)):
             raise UsageError("--lora-modules takes objects of name, path and base_model_name", hint=hint)
-        modules.append(LoraModule(alias, Path(folder), base))
+        modules.append(LoraModule(name, Path(path), base))
     return modules
 
 

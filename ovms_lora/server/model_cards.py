@@ -33,7 +33,7 @@ def listed_cards(models: Iterable[ServedModel]) -> list[ModelCard]:
     models = tuple(models)
     cards: dict[str, ModelCard] = {served.name: _base_card(served) for served in models}
     for served in models:
-        for card in _adapter_cards(served):
+        for card in _adapter_cards(served, models):
             cards.setdefault(card.name, card)
     return list(cards.values())
 
@@ -44,7 +44,7 @@ def card_of(models: Iterable[ServedModel], name: str) -> ModelCard | None:
     for card in listed_cards(models):
         if card.name == name:
             return card
-    adapters = (card for served in models for card in _adapter_cards(served))
+    adapters = (card for served in models for card in _adapter_cards(served, models))
     return next((card for card in adapters if f"{card.parent}:{card.name}" == name), None)
 
 
@@ -52,16 +52,19 @@ def _base_card(served: ServedModel) -> ModelCard:
     return ModelCard(served.name, served.spec.entry.base_path, served)
 
 
-def _adapter_cards(served: ServedModel) -> Iterator[ModelCard]:
+def _adapter_cards(served: ServedModel, models: Iterable[ServedModel]) -> Iterator[ModelCard]:
     lora = served.model.lora
     if lora is None:
         return
     for card in lora.cards():
         yield ModelCard(card.alias, card.root, served, served.name)
     path = served.spec.lora.loading_path if served.spec.lora else None
-    for alias in _folders(path) if path else ():
-        if not lora.has(alias):
-            yield ModelCard(alias, str(path / alias) if path else alias, served, served.name)
+    if path is None:
+        return
+    taken = {model.name for model in models}  # a model's name is no adapter's
+    for alias in _folders(path):
+        if alias not in taken and not lora.has(alias):
+            yield ModelCard(alias, str(path / alias), served, served.name)
 
 
 def _folders(path: Path) -> list[str]:

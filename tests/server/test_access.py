@@ -235,3 +235,11 @@ async def test_metrics_can_be_off() -> None:
 async def test_the_description_names_every_route(served: Served) -> None:
     paths = (await served.client.get("/openapi.json")).json()["paths"]
     assert {"/v3/completions", "/v1/chat/completions", "/v1/config/reload", "/metrics"} <= set(paths)
+
+
+async def test_probes_are_logged_for_debugging_only(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="ovms_lora")
+    for path in (*PROBES, "/v1/models"):
+        await served.client.get(path)
+    levels = {record.getMessage().split()[1]: record.levelno for record in caplog.records if "access" in record.name}
+    assert levels == dict.fromkeys(PROBES, logging.DEBUG) | {"/v1/models": logging.INFO}
