@@ -37,9 +37,11 @@ class Client:
     def __init__(self, model: LoadedModel, outputs: queue.SimpleQueue[Sequence[SequenceOutput]]) -> None:
         self.model, self._outputs = model, outputs
 
-    def generate(self, requests: dict[str, tuple[Sequence[int], tuple[AdapterUse, ...]]]) -> dict[str, list[int]]:
+    def generate(
+        self, requests: dict[str, tuple[Sequence[int], tuple[AdapterUse, ...]]], max_tokens: int = 64
+    ) -> dict[str, list[int]]:
         """Run all requests together; return the generated tokens by id."""
-        sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
         for request_id, (prompt, adapters) in requests.items():
             self.model.engine.submit(GenerationRequest(request_id, tuple(prompt), sampling, adapters))
         tokens: dict[str, list[int]] = {request_id: [] for request_id in requests}
@@ -79,7 +81,7 @@ def test_a_batch_gives_the_tokens_of_transformers(exact_base: Path, tmp_path: Pa
     with client(exact_base) as ours:
         tokenizer = ours.model.tokenizer
         prompts = [tokenizer.encode(f"{SUBJECTS[i % 6]} " * (1 + 3 * (i % 7)) + f"number {i}") for i in range(24)]
-        got = ours.generate({str(i): (prompt, ()) for i, prompt in enumerate(prompts)})
+        got = ours.generate({str(i): (prompt, ()) for i, prompt in enumerate(prompts)}, NEW_TOKENS)
     for i, prompt in enumerate(prompts):
         whole = reference.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
         assert got[str(i)] == whole[0, len(prompt) :].tolist(), f"prompt {i} of {len(prompt)} tokens"
