@@ -50,9 +50,7 @@ class _Column:
 
     def spoken(self, random: Random) -> str:
         words = self.name.replace("_", " ")
-        # People write an abbreviation in capitals, so the schema's spelling has to be looked up.
-        weights = (0.3, 0.1, 0.6) if len(words) <= 5 else (0.65, 0.25, 0.1)
-        return random.choices((words, words.title(), words.upper()), weights)[0]
+        return random.choices((words, words.title(), words.upper()), (0.6, 0.2, 0.2))[0]
 
     def value(self, words: WordPool, random: Random) -> str:
         if self.kind == "number":
@@ -96,7 +94,7 @@ def _columns(split: Split, random: Random, count: int, *, kind: str | None = Non
 
 def _renamed(column: _Column, words: WordPool, random: Random) -> _Column:
     # A place's values end with the column's name, so that one has to stay.
-    if column.kind == "place" or random.random() < 0.75:
+    if column.kind == "place" or random.random() < 0.85:
         return column
     made_up = words.acronym(random) if random.random() < 0.8 else words.made_up_word(random)
     return _Column(made_up, column.kind)
@@ -287,6 +285,6 @@ TASK = Task(
     layers=None,
     steps=400,
     batch_size=4,
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     longest_completion=64,
 )
