@@ -34,6 +34,10 @@ from ovms_lora.adapters.targets import ModuleScale, Targets
 from ovms_lora.adapters.tensor_names import NamedTensors, TensorPair, pair_tensors
 from ovms_lora.core.errors import AdapterError, AdapterErrorCode
 
+# Rows of a batch share one product with the A, and one with the scaled B, of all residents; zero times infinity is no
+# zero, so an adapter that makes these overflow would spoil the rows of others. Below this the sums stay in float32.
+_LARGEST = 1e15
+
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
@@ -147,6 +151,7 @@ def load_adapter(folder: Path, base: BaseLinears, *, max_lora_rank: int, lora_dt
         pair.module: LoraPair(arrays[pair.a.name], arrays[pair.b.name], scales[pair.module].scaling)
         for pair in tensors.pairs
     }
+    _check_scaled(tensors, layers)
     frozen = tuple(info.name for info in tensors.frozen.values())
     return Adapter(digest, source.config, MappingProxyType(layers), dtype, frozen)
 
@@ -283,6 +288,10 @@ def _read_tensors(
 def _converted(info: TensorInfo, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     if not np.isfinite(array).all():
         raise AdapterError(AdapterErrorCode.NONFINITE, f"tensor {quoted(info.name)} holds NaN or infinity")
+    if _magnitude(array) > _LARGEST:
+        raise AdapterError(
+            AdapterErrorCode.NONFINITE, f"tensor {quoted(info.name)} holds values above {_LARGEST:g}: sums overflow"
+        )
     if array.dtype != dtype:
         with np.errstate(over="ignore"):  # what overflows is refused below, by name
             array = array.astype(dtype)
@@ -292,3 +301,18 @@ def _converted(info: TensorInfo, array: npt.NDArray[Any], dtype: np.dtype[Any]) 
             )
     array.flags.writeable = False
     return array
+
+
+def _magnitude(array: npt.NDArray[Any]) -> float:
+    return max(float(array.max()), -float(array.min()))
+
+
+def _check_scaled(tensors: NamedTensors, layers: Mapping[str, LoraPair]) -> None:
+    """B is applied with its scaling, which must not make it overflow either."""
+    for named in tensors.pairs:
+        pair = layers[named.module]
+        if _magnitude(pair.b) * abs(pair.scaling) > _LARGEST:
+            raise AdapterError(
+                AdapterErrorCode.NONFINITE,
+                f"tensor {quoted(named.b.name)} times its scaling {pair.scaling:g} exceeds {_LARGEST:g}: sums overflow",
+            )

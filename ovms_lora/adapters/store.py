@@ -78,7 +78,9 @@ class AdapterStore:
         paths = frozenset(adapter.layers)
         entry = Registered(alias, folder, alpha, pinned, adapter.digest, adapter.max_rank, paths)
         with self._lock:
+            before = self._registered.get(alias)
             self._registered[alias] = entry
+            self._leave(before)
         return entry
 
     def remove(self, alias: str) -> Registered:
@@ -87,8 +89,7 @@ class AdapterStore:
             entry = self._registered.pop(alias, None)
             if entry is None:
                 raise UnknownAliasError(alias)
-            if all(other.digest != entry.digest for other in self._registered.values()):
-                self._host.pop(entry.digest, None)
+            self._leave(entry)
         return entry
 
     def get(self, alias: str) -> tuple[Registered, Adapter]:
@@ -119,6 +120,11 @@ class AdapterStore:
                 self._keep(adapter)
             return adapter
 
+    def _leave(self, entry: Registered | None) -> None:
+        """Let an adapter go that may have lost its last alias."""
+        if entry and all(other.digest != entry.digest for other in self._registered.values()):
+            self._host.pop(entry.digest, None)
+
     def _keep(self, adapter: Adapter) -> None:
         self._host[adapter.digest] = adapter
         self._host.move_to_end(adapter.digest)
@@ -129,8 +135,10 @@ class AdapterStore:
     def _one_reader(self, folder: Path) -> Iterator[None]:
         with self._lock:
             reading = self._reading.setdefault(folder, threading.Lock())
-        with reading:
-            yield
-        with self._lock:
-            if not reading.locked():
-                self._reading.pop(folder, None)
+        try:
+            with reading:
+                yield
+        finally:
+            with self._lock:
+                if not reading.locked():
+                    self._reading.pop(folder, None)

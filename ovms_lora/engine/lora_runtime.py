@@ -170,7 +170,7 @@ class LoraRuntime:
             self.store.register(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
             self._pin()
             if before and before.digest != adapter.digest:
-                self._forget(before)
+                self._sweep()
 
     def unload(self, alias: str) -> None:
         """Take an adapter away; requests that use it run to their end with it.
@@ -181,9 +181,9 @@ class LoraRuntime:
             for composite in self._composites.values():
                 if alias in (component for component, _ in composite.components):
                     raise ConfigError(f"adapter {alias!r} is part of composite {composite.alias!r}")
-            entry = self.store.remove(alias)
+            self.store.remove(alias)
             self._pin()
-            self._forget(entry)
+            self._sweep()
 
     def apply(self, config: LoraConfig) -> None:
         """Make adapters and composites what `config` says; adapters that it does not name are removed.
@@ -202,8 +202,7 @@ class LoraRuntime:
                 self.store.remove(alias)
             self._failures.clear()
             self._pin()
-            for entry in before.values():
-                self._forget(entry)
+            self._sweep()
 
     def select(self, name: str, strengths: Mapping[str, float] | None = None) -> tuple[AdapterUse, ...]:
         """Return what an adapter's or composite's name stands for, with strengths overridden by alias.
@@ -251,7 +250,7 @@ class LoraRuntime:
     def _get(self, alias: str) -> tuple[Registered, Adapter]:
         try:
             try:
-                return self.store.get(alias)
+                return self._in_host(alias)
             except UnknownAliasError:
                 if not self.findable(alias):
                     raise
@@ -259,11 +258,23 @@ class LoraRuntime:
                 folder = self._found(alias)
                 if alias not in self.store.registered and folder:
                     self.load(AdapterSpec(alias, folder))
-            return self.store.get(alias)
+            return self._in_host(alias)
         except UnknownAliasError as error:
             raise ModelNotFoundError(alias) from error
         except AdapterError as error:
             raise AdapterUnavailableError(error) from error
+
+    def _in_host(self, alias: str) -> tuple[Registered, Adapter]:
+        """Get an adapter from the store; one that has changed in its folder may need another graph."""
+        before = self.store.registered.get(alias)
+        entry, adapter = self.store.get(alias)
+        same = before is not None and before.digest == entry.digest
+        if not (same and self._targets.paths >= adapter.layers.keys()):
+            with self._changing:
+                self._cover(adapter)
+                self._pin()
+                self._sweep()
+        return entry, adapter
 
     def _found(self, name: str) -> Path | None:
         if self._loading_path is None:
@@ -321,12 +332,13 @@ class LoraRuntime:
         self._targets = targets
 
     def _pin(self) -> None:
-        pinned = {entry.digest for entry in self.store.registered.values() if entry.pinned}
+        """Tell the residency which adapters have an alias, and which of them stay."""
+        registered = self.store.registered.values()
         if self.residency:
-            self.residency.pin(pinned)
+            self.residency.name({entry.digest for entry in registered})
+            self.residency.pin({entry.digest for entry in registered if entry.pinned})
 
-    def _forget(self, entry: Registered) -> None:
-        """Free the rank rows of an adapter that no alias names any more."""
-        residency = self.residency
-        if self._engine and residency and all(e.digest != entry.digest for e in self.store.registered.values()):
-            self._engine.call(lambda: residency.drop(entry.digest))
+    def _sweep(self) -> None:
+        """Free the rank rows of adapters that no alias names any more, as far as they are idle."""
+        if self._engine and self.residency:
+            self._engine.call(self.residency.sweep)

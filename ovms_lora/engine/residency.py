@@ -3,6 +3,7 @@
     rank rows   [ sql sql sql sql | tools tools tools … | free … ]      each adapter has as many as its largest rank
     held        a running sequence uses it: it stays
     idle        least recently used first: gives way when another needs its rows, unless it is pinned
+    forgotten   no alias names it any more: it goes as soon as it is idle
 
 Belongs to the engine thread. What is in host memory, and under which alias, is not known here: a request brings its
 adapters along.
@@ -45,6 +46,7 @@ class LoraResidency:
         self.loads = 0
         self._states = states
         self._pinned: frozenset[str] = frozenset()
+        self._named: frozenset[str] | None = None  # None: all of them
         self._residents: dict[str, _Resident] = {}  # least recently used first
         self._free: list[int] = list(range(total_rank))
         self._held: dict[Sequence, tuple[AdapterUse, ...]] = {}
@@ -63,12 +65,9 @@ class LoraResidency:
         """Name the adapters that stay once they are resident."""
         self._pinned = frozenset(digests)
 
-    def fits(self, uses: Iterable[AdapterUse]) -> bool:
-        """Whether these adapters could be resident together, were nothing else."""
-        adapters = {use.digest: use.adapter for use in uses}
-        kept = [r for digest, r in self._residents.items() if digest in self._pinned and digest not in adapters]
-        rank = sum(adapter.max_rank for adapter in adapters.values()) + sum(len(r.rows) for r in kept)
-        return len(adapters) + len(kept) <= self.max_loras and rank <= self.total_rank
+    def name(self, digests: Collection[str]) -> None:
+        """Name the adapters that have an alias; others give up their rows once no sequence holds them."""
+        self._named = frozenset(digests)
 
     def acquire(self, sequence: Sequence) -> bool:
         """Make the sequence's adapters resident and hold them; False when those in use leave no room."""
@@ -90,13 +89,13 @@ class LoraResidency:
         """Let go of what `acquire` held for the sequence; base sequences hold nothing."""
         for digest in {use.digest for use in self._held.pop(sequence, ())}:
             self._residents[digest].holders -= 1
+            self._drop(digest)
         sequence.strengths = None
 
-    def drop(self, digest: str) -> None:
-        """Give up an idle adapter's rows: it was unloaded. One in use goes when others need its place."""
-        resident = self._residents.get(digest)
-        if resident and not resident.holders:
-            self._evict(digest)
+    def sweep(self) -> None:
+        """Give up the rows of idle adapters that have no alias any more."""
+        for digest in list(self._residents):
+            self._drop(digest)
 
     def move(self, states: RankStates, total_rank: int) -> None:
         """Go on in another graph's states, with `total_rank` ≥ the present one: all residents keep their rows."""
@@ -108,15 +107,23 @@ class LoraResidency:
         for sequence, uses in self._held.items():
             sequence.strengths = self._strengths(uses)
 
-    def _make_room(self, missing: dict[str, HostAdapter], keep: Collection[str]) -> bool:
-        """Evict idle adapters, oldest first, until the missing ones have room; change nothing when that fails."""
+    def _drop(self, digest: str) -> None:
+        if self._named is not None and digest not in self._named and not self._residents[digest].holders:
+            self._evict(digest)
+
+    def _make_room(self, missing: dict[str, HostAdapter], keep: dict[str, HostAdapter]) -> bool:
+        """Evict idle adapters, oldest first, until the missing ones have room; change nothing when that fails.
+
+        Pinned ones go only for what could else never run: it was asked for before they were pinned.
+        """
         rank = sum(adapter.max_rank for adapter in missing.values()) - len(self._free)
         count = len(self._residents) + len(missing) - self.max_loras
+        pinned = self._pinned if self._fit_beside_pinned(keep) else frozenset()
         victims = []
         for digest, resident in self._residents.items():
             if rank <= 0 and count <= 0:
                 break
-            if not resident.holders and digest not in keep and digest not in self._pinned:
+            if not resident.holders and digest not in keep and digest not in pinned:
                 victims.append(digest)
                 rank -= len(resident.rows)
                 count -= 1
@@ -125,6 +132,11 @@ class LoraResidency:
         for digest in victims:
             self._evict(digest)
         return True
+
+    def _fit_beside_pinned(self, adapters: dict[str, HostAdapter]) -> bool:
+        kept = [r for digest, r in self._residents.items() if digest in self._pinned and digest not in adapters]
+        rank = sum(adapter.max_rank for adapter in adapters.values()) + sum(len(r.rows) for r in kept)
+        return len(adapters) + len(kept) <= self.max_loras and rank <= self.total_rank
 
     def _evict(self, digest: str) -> None:
         self._free = sorted([*self._free, *self._residents.pop(digest).rows.tolist()])

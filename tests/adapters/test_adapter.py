@@ -182,15 +182,36 @@ def test_max_lora_rank_itself_is_allowed(tmp_path: Path) -> None:
     assert refusal(tmp_path, max_lora_rank=1).message == "LoRA rank 2 is greater than max_lora_rank 1."
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_a_value_too_large_for_lora_dtype_is_refused(dtype: Any, tmp_path: Path) -> None:
+def test_a_value_too_large_for_lora_dtype_is_refused(tmp_path: Path) -> None:
     tensors = good_tensors()
-    tensors[V1 + A][0, 0] = 3.4e38
+    tensors[V1 + A][0, 0] = 7e4
     write_adapter(tmp_path, tensors=tensors)
     assert load(tmp_path).max_rank == 2
-    error = refusal(tmp_path, dtype=dtype)
+    error = refusal(tmp_path, dtype=np.float16)
     assert error.code == "adapter_nonfinite"
     assert V1 + A in error.message
+
+
+@pytest.mark.parametrize("value", [1.01e15, -1e20, 3.4e38])
+@pytest.mark.parametrize("side", [A, B])
+def test_a_value_that_makes_sums_overflow_is_refused(side: str, value: float, tmp_path: Path) -> None:
+    tensors = good_tensors()
+    tensors[V1 + side][1, 1] = value
+    error = refusal(write_adapter(tmp_path, tensors=tensors))
+    assert error.code == "adapter_nonfinite"
+    assert V1 + side in error.message and "overflow" in error.message
+
+
+def test_a_scaling_that_makes_sums_overflow_is_refused(tmp_path: Path) -> None:
+    error = refusal(write_adapter(tmp_path, config=good_config(alpha_pattern={"v_proj": -1e30})))
+    assert error.code == "adapter_nonfinite"
+    assert B in error.message and "scaling" in error.message
+
+
+def test_values_that_are_only_large_are_taken(tmp_path: Path) -> None:
+    tensors = good_tensors()
+    tensors[V1 + B][1, 1] = 9e14 / 2  # alpha / r is 2
+    assert load(write_adapter(tmp_path, tensors=tensors)).max_rank == 2
 
 
 def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
