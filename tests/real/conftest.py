@@ -14,10 +14,11 @@ CACHE = ROOT / ".cache" / "models"
 
 
 def export(name: str, *flags: str) -> Path:
-    """Export SmolLM2 under a name, unless the same export is there; return its folder."""
+    """Export SmolLM2 under a name, unless the same export is there, and in place of another; return its folder."""
     places = ["--model_repository_path", str(CACHE), "--config_file_path", str(CACHE / "config.json")]
     arguments = ["--source_model", str(_gguf()), "--model_name", name, *places, *flags]
-    assert main(["text_generation", *arguments]) == 0
+    command = ["text_generation", *arguments]
+    assert main(command) == 0 or main([*command, "--overwrite_models"]) == 0
     return CACHE / name
 
 
