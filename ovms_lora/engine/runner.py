@@ -18,6 +18,7 @@ import openvino as ov
 from ovms_lora.adapters.adapter import BaseLinears, LinearShape
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import EngineError, ModelFolderError
+from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.linears import find_linears, group_linears
 from ovms_lora.engine.lora_graph import ALPHA, HEAD_ALPHA, HEAD_ROWS, INITIAL, ROWS, insert_lora
 from ovms_lora.engine.lora_states import LoraStates
@@ -99,7 +100,7 @@ class GraphSource:
 
     def __init__(self, folder: Path, options: EngineOptions) -> None:
         """Read the IR. Raises ModelFolderError when it cannot be served."""
-        self._core = ov.Core()
+        self._core = openvino_core()
         self._folder, self._options = folder, options
         model = read_paged_model(self._core, folder)
         linears = find_linears(model)

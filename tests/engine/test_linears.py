@@ -15,6 +15,7 @@ from ovms_lora.adapters.adapter import LinearShape
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.engine import linears as linears_module
 from ovms_lora.engine import runner
+from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.linears import Carrier, Linear, LinearGroup, find_linears, group_linears, split_carrier
 from ovms_lora.engine.paged_graph import read_paged_model
 from ovms_lora.engine.runner import GraphSource
@@ -73,7 +74,7 @@ def test_the_linears_of_compressed_weights_are_the_same(int8: Path, bases: Bases
 
 def carriers(folder: Path) -> list[list[str]]:
     """The last names of linears that are one after joining, in the first decoder block."""
-    groups = group_linears(find_linears(read_paged_model(ov.Core(), folder)))
+    groups = group_linears(find_linears(read_paged_model(openvino_core(), folder)))
     joined = [[linear.path for linear in carrier.linears] for group in groups for carrier in group.carriers]
     return [[path.rpartition(".")[2] for path in paths] for paths in joined if "layers.0." in paths[0]]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import openvino as ov
 import pytest
 
+from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.lora_graph import ALPHA, HEAD_ALPHA, HEAD_ROWS, INITIAL, ROWS
 from tests.engine.toy_graph import SHAPES, Toy, adapter, assert_close, expected, toy, toy_model
 
@@ -59,7 +59,7 @@ def test_only_targeted_layers_change(targets: tuple[str, ...]) -> None:
 
 
 def test_without_rows_nothing_changes_whatever_the_states_hold() -> None:
-    plain = ov.Core().compile_model(toy_model(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    plain = openvino_core().compile_model(toy_model(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     result = plain.create_infer_request().infer({"x": X[:, None]})
     found = filled().run(X, [], np.zeros((0, 8), np.float32))
     for index in range(2):

@@ -11,6 +11,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from ovms_lora.adapters.adapter import Adapter, LoraPair
+from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.linears import find_linears, group_linears
 from ovms_lora.engine.lora_graph import ALPHA, HEAD_ALPHA, HEAD_ROWS, INITIAL, ROWS, LoraLayout, insert_lora
 from ovms_lora.engine.lora_states import LoraStates, host_dtype
@@ -86,7 +87,7 @@ def toy(
     model = toy_model(bias=bias)
     groups = group_linears(find_linears(model))
     layout = insert_lora(model, groups, targets, total_rank=total_rank, dtype=dtype, head="head")
-    request = ov.Core().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    request = openvino_core().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
     request.set_tensor(INITIAL, ov.Tensor(np.zeros((), np.float32)))
     return Toy(model, layout, request, LoraStates(request, layout))
 

@@ -14,10 +14,10 @@ TOKENS = np.random.default_rng(7).integers(2, 300, size=(1, 33), dtype=np.int64)
 
 def of_ir(folder: Path) -> Array:
     """Run the IR in float32 on TOKENS."""
-    import openvino
+    from ovms_lora.engine.device import openvino_core
 
     properties = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", properties)
+    compiled = openvino_core().compile_model(folder / "openvino_model.xml", "CPU", properties)
     length = TOKENS.shape[1]
     inputs = {
         "input_ids": TOKENS,
