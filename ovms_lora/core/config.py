@@ -163,7 +163,7 @@ def parse_server_config(text: str, *, origin: str = "config.json") -> ServerConf
     try:
         document = json.loads(text, object_pairs_hook=_unique_keys)
     except ValueError as error:  # JSONDecodeError, or a number of more digits than Python reads
-        raise ConfigError(f"{origin} is not valid JSON: {error}", hint="the running state is kept") from error
+        raise ConfigError(f"{origin} is not valid JSON: {error}", hint="correct the file at that place") from error
     except RecursionError as error:
         raise ConfigError(f"{origin} is nested too deeply") from error
     if not isinstance(document, dict):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from starlette.responses import Response
+
 from ovms_lora.server.call import Call, Prompt
 from ovms_lora.server.errors import ErrorStyle
 from ovms_lora.server.fields import Table, Values
@@ -19,6 +21,7 @@ from ovms_lora.server.shapes import ChoiceShape, ShapeStyle
 
 if TYPE_CHECKING:
     from ovms_lora.engine.model import LoadedModel
+    from ovms_lora.server.model_cards import ModelCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +40,15 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One dialect. `name` stands in metrics.
+    """One dialect. `name` stands in metrics, `prefix` in paths.
 
     `check_content_type` raises for a Content-Type that is not JSON; `model_name` returns the model that a document
-    names, or the one that it may leave out.
+    names, or the one that it may leave out. `card` is a model's description, `no_such_card` the answer when there is
+    none; it may raise instead.
     """
 
     name: str
+    prefix: str
     completions: Endpoint
     chat: Endpoint
     defaults: SamplingDefaults
@@ -51,3 +56,6 @@ class Dialect:
     style: ShapeStyle
     check_content_type: Callable[[str], None]
     model_name: Callable[[Mapping[str, Any], ModelRegistry], str]
+    tokenize: Callable[[Mapping[str, Any], LoadedModel], dict[str, Any]]
+    card: Callable[[ModelCard], dict[str, Any]]
+    no_such_card: Callable[[str], Response]

@@ -1,0 +1,50 @@
+"""The routes that both dialects have: they differ in the Dialect alone."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from ovms_lora.server.dialects import Dialect
+from ovms_lora.server.generation import generate, read_document
+from ovms_lora.server.model_cards import card_of, listed_cards
+from ovms_lora.server.state import state_of
+
+
+def dialect_router(dialect: Dialect) -> APIRouter:
+    """Return the routes of one dialect below its prefix."""
+    router = APIRouter(prefix=dialect.prefix, tags=[dialect.prefix.strip("/")])
+
+    @router.post("/completions")
+    async def completions(request: Request) -> Response:
+        """Continue a text."""
+        return await generate(request, dialect, dialect.completions)
+
+    @router.post("/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        return await generate(request, dialect, dialect.chat)
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        """Return the tokens of a text."""
+        document, size = await read_document(request, dialect)
+        server = state_of(request)
+        model = (await server.select(dialect.model_name(document, server.registry))).served.model
+        return JSONResponse(await server.workers.run(size, dialect.tokenize, document, model))
+
+    @router.get("/models")
+    async def models(request: Request) -> Response:
+        """List the served models, then their adapters."""
+        server = state_of(request)
+        cards = await server.workers.block(listed_cards, server.registry.served)
+        return JSONResponse({"object": "list", "data": [dialect.card(card) for card in cards]})
+
+    @router.get("/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        """Describe one model, adapter or composite."""
+        server = state_of(request)
+        card = await server.workers.block(card_of, server.registry.served, name)
+        return dialect.no_such_card(name) if card is None else JSONResponse(dialect.card(card))
+
+    return router
