@@ -66,7 +66,7 @@ def load_model(
     options = replace(options, plugin_config={**options.plugin_config, **(plugin_config or {})})
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder)
-    defaults = read_generation_defaults(folder)
+    defaults = read_generation_defaults(folder, options.generation_config_path)
     max_model_len = read_max_model_len(folder)
     graphs = GraphSource(folder, options)
     runtime = LoraRuntime(graphs, lora) if lora else None
@@ -100,9 +100,14 @@ def read_options(folder: Path) -> tuple[Path, EngineOptions]:
     return (folder / graph.models_path).resolve(), graph.options
 
 
-def read_generation_defaults(folder: Path) -> GenerationDefaults:
-    """Read generation_config.json, with config.json for the end-of-sequence tokens when it has none."""
-    values = _read_json(folder / "generation_config.json")
+def read_generation_defaults(folder: Path, path: str = "") -> GenerationDefaults:
+    """Read generation_config.json, with config.json for the end-of-sequence tokens when it has none.
+
+    `path`, absolute or relative to the folder, names another file, which then has to exist. Raises ModelFolderError.
+    """
+    if path and not (folder / path).is_file():
+        raise ModelFolderError(f"{folder / path} is not a file", hint="correct generation_config_path in graph.pbtxt")
+    values = _read_json(folder / (path or "generation_config.json"))
     eos = values.get("eos_token_id", _read_json(folder / "config.json").get("eos_token_id"))
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return GenerationDefaults(

@@ -1,0 +1,50 @@
+"""What a model folder says of itself: generation defaults, end-of-sequence tokens, length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ovms_lora.core.errors import ModelFolderError
+from ovms_lora.engine.model import read_generation_defaults, read_max_model_len, read_options
+
+
+def write(folder: Path, name: str, **values: object) -> None:
+    (folder / name).write_text(json.dumps(values))
+
+
+def test_defaults_come_from_generation_config(tmp_path: Path) -> None:
+    write(tmp_path, "generation_config.json", temperature=0.5, top_k=7, eos_token_id=[2, 3])
+    defaults = read_generation_defaults(tmp_path)
+    assert (defaults.temperature, defaults.top_k, defaults.eos_token_ids) == (0.5, 7, (2, 3))
+    assert defaults.top_p is None
+
+
+def test_the_graph_may_name_another_file(tmp_path: Path) -> None:
+    write(tmp_path, "generation_config.json", temperature=0.5)
+    write(tmp_path, "other.json", temperature=0.9)
+    assert read_generation_defaults(tmp_path, "other.json").temperature == 0.9
+
+
+def test_a_named_file_has_to_exist(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"gone\.json is not a file"):
+        read_generation_defaults(tmp_path, "gone.json")
+
+
+def test_the_end_of_sequence_may_stand_in_config_json(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", eos_token_id=5, max_position_embeddings=99)
+    assert read_generation_defaults(tmp_path).eos_token_ids == (5,)
+    assert read_max_model_len(tmp_path) == 99
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ModelFolderError, match="generation_config"):
+        read_generation_defaults(tmp_path)
+
+
+def test_a_missing_folder_is_not_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match="is not a folder"):
+        read_options(tmp_path / "gone")
