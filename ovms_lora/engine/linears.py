@@ -134,7 +134,7 @@ def _joined(weights: Sequence[ov.Output]) -> ov.Output | None:
         operation = ops.subtract if nodes[0].get_type_name() == "Subtract" else ops.multiply
         clone = operation(*inputs)
     for key, value in nodes[0].get_rt_info().items():  # among it: keep this Convert, it decompresses a weight
-        clone.get_rt_info()[key] = value
+        clone.set_rt_info(value, key)
     output: ov.Output = clone.output(0)
     return output
 

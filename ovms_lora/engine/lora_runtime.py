@@ -1,8 +1,8 @@
 """LoraRuntime: the runtime adapters of one served base, from aliases to strengths in a request.
 
-Joins the store (aliases, host memory), the engine's residency (rank rows) and the graph, which it has compiled anew in
-the background when an adapter needs linears or rank rows that the present one lacks. Loading happens in the caller's
-thread; only the switch to another graph happens between two steps.
+Joins the store (aliases, host memory), the engine's residency (tiles) and the graph, which it has compiled anew in the
+background when an adapter needs linears that the present one lacks. Loading happens in the caller's thread; only the
+switch to another graph happens between two steps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,13 +31,15 @@ from ovms_lora.core.errors import (
 from ovms_lora.core.names import check_alias
 from ovms_lora.core.request import AdapterUse
 from ovms_lora.engine.engine import Engine
+from ovms_lora.engine.graph_source import CompiledGraph, GraphSource, LoraTargets
 from ovms_lora.engine.lora_states import host_dtype
 from ovms_lora.engine.residency import LoraResidency
-from ovms_lora.engine.runner import CompiledGraph, GraphSource, LoraTargets, OpenVinoRunner
+from ovms_lora.engine.runner import OpenVinoRunner
 
 log = logging.getLogger(__name__)
 
-_RANK_STEP = 16  # the device's matrix kernels work in steps of this width
+# The widths that a tile may have: the device's matrix kernels work in steps of 16.
+_TILE_WIDTHS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class LoraRuntime:
         self._composites: dict[str, CompositeSpec] = {}
         self._failures: dict[str, OvmsLoraError] = {}
         self._changing = threading.RLock()
-        self._targets = LoraTargets(frozenset(), 0, self._dtype)
+        self._targets = LoraTargets(frozenset(), _TILE_WIDTHS[0], self._dtype, sums=False)
         self._engine: Engine | None = None
         self._runner: OpenVinoRunner | None = None
         self.residency: LoraResidency | None = None
@@ -118,10 +120,13 @@ class LoraRuntime:
     def compile(self) -> CompiledGraph:
         """Compile the first graph, for the adapters that are registered by now."""
         registered = self.store.registered.values()
-        rank = self._needed_rank(entry.max_rank for entry in registered)
+        ranks = [entry.max_rank for entry in registered]
         paths = frozenset().union(*(entry.paths for entry in registered))
-        self._targets = LoraTargets(paths, rank, self._dtype)
+        width = _tile_width(ranks)
+        sums = bool(self._composites) or any(rank > width for rank in ranks)
+        self._targets = LoraTargets(paths, width, self._dtype, sums)
         graph = self._graphs.compile(self._targets)
+        rank = self._needed_rank(ranks)
         self.residency = LoraResidency(graph.states, total_rank=rank, max_loras=self._options.max_loras)
         self._pin()
         return graph
@@ -234,6 +239,9 @@ class LoraRuntime:
             entry, adapter = self._get(alias)
             uses.append(AdapterUse(adapter, entry.alpha if alpha is None else alpha))
         self._check_fits(uses)
+        if len({use.digest for use in uses}) > 1 and not self._targets.sums:
+            with self._changing:
+                self._switch(replace(self._targets, sums=True))
         return tuple(uses)
 
     def _register_all(self, config: LoraConfig) -> None:
@@ -295,18 +303,18 @@ class LoraRuntime:
                 f"{len(together)} adapters at once (pinned ones included) exceed max_loras {self._options.max_loras}"
             )
             raise InvalidFieldError(message, param="lora")
-        if sum(together.values()) > self._targets.total_rank:
-            message = f"rank {sum(together.values())} in one request exceeds the total rank {self._targets.total_rank}"
+        assert self.residency, "compiled before anything is selected"
+        if sum(together.values()) > self.residency.total_rank:
+            message = f"rank {sum(together.values())} in one request exceeds the total rank {self.residency.total_rank}"
             raise InvalidFieldError(message, param="lora")
 
     def _needed_rank(self, ranks: Iterable[int]) -> int:
         if self._options.total_rank != "auto":
             return self._options.total_rank
-        largest = sorted(ranks, reverse=True)[: self._options.max_loras]
-        return -(-sum(largest) // _RANK_STEP) * _RANK_STEP
+        return sum(sorted(ranks, reverse=True)[: self._options.max_loras])
 
     def _cover(self, adapter: Adapter) -> None:
-        """See that the graph has the adapter's linears and enough rank rows; compile another one if not."""
+        """See that the graph has the adapter's linears, compiling another if not, and residency room for its rank."""
         if self._options.total_rank != "auto" and adapter.max_rank > self._options.total_rank:
             raise AdapterError(
                 AdapterErrorCode.RANK,
@@ -314,21 +322,28 @@ class LoraRuntime:
             )
         ranks = {entry.digest: entry.max_rank for entry in self.store.registered.values()}
         ranks[adapter.digest] = adapter.max_rank
-        wanted = LoraTargets(
-            self._targets.paths | adapter.layers.keys(),
-            max(self._targets.total_rank, self._needed_rank(ranks.values())),
-            self._dtype,
-        )
-        if wanted == self._targets or self._engine is None:
+        self._allow_rank(self._needed_rank(ranks.values()))
+        targets, paths = self._targets, self._targets.paths | adapter.layers.keys()
+        width = _tile_width(ranks.values()) if paths != targets.paths else targets.width
+        sums = targets.sums or bool(self._composites) or any(rank > width for rank in ranks.values())
+        self._switch(LoraTargets(paths, width, self._dtype, sums))
+
+    def _allow_rank(self, total_rank: int) -> None:
+        if self.residency and total_rank > self.residency.total_rank:
+            self.residency.total_rank = total_rank
+
+    def _switch(self, targets: LoraTargets) -> None:
+        """Compile a graph for these targets and go on with it, unless it is the present one."""
+        if targets == self._targets or self._engine is None:
             return
-        log.info("compiling a graph for %d linears, total rank %d", len(wanted.paths), wanted.total_rank)
-        graph = self._graphs.compile(wanted)
-        self._engine.call(lambda: self._adopt(graph, wanted))
+        log.info("compiling a graph for %d linears", len(targets.paths))
+        graph = self._graphs.compile(targets)
+        self._engine.call(lambda: self._adopt(graph, targets))
 
     def _adopt(self, graph: CompiledGraph, targets: LoraTargets) -> None:
         assert self._runner and self.residency and graph.states, "attached, and compiled with states"
-        self._runner.adopt(graph)
-        self.residency.move(graph.states, targets.total_rank)
+        self._runner.adopt(graph, keep_plain=self._graphs.affords_plain)
+        self.residency.move(graph.states)
         self._targets = targets
 
     def _pin(self) -> None:
@@ -339,6 +354,14 @@ class LoraRuntime:
             self.residency.pin({entry.digest for entry in registered if entry.pinned})
 
     def _sweep(self) -> None:
-        """Free the rank rows of adapters that no alias names any more, as far as they are idle."""
+        """Free the tiles of adapters that no alias names any more, as far as they are idle."""
         if self._engine and self.residency:
             self._engine.call(self.residency.sweep)
+
+
+def _tile_width(ranks: Iterable[int]) -> int:
+    """Return the width at which adapters of these ranks take least memory; of equal ones the widest, for few tiles."""
+    known = tuple(ranks)
+    if not known:
+        return _TILE_WIDTHS[0]
+    return min(_TILE_WIDTHS, key=lambda width: (sum(-(-rank // width) * width for rank in known), -width))

@@ -1,6 +1,6 @@
-"""LoraStates: writes adapters into the LoRA state variables of a compiled graph, rank row by rank row.
+"""LoraStates: the tiles of resident adapters in the LoRA state variables of one compiled graph.
 
-Knows the layout and the tensors; which adapter gets which rank rows is `residency`'s decision.
+Knows the layout and the tensors; which adapter gets which tiles is `residency`'s decision.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from ovms_lora.adapters.adapter import Adapter
-from ovms_lora.engine.lora_graph import LoraLayout
+from ovms_lora.adapters.adapter import Adapter, LoraPair
+from ovms_lora.engine.lora_graph import EMPTY, LoraLayout, LoraSlotGroup
 
-RankRows = npt.NDArray[np.intp]
+TileIndices = npt.NDArray[np.intp]
 
 
 def host_dtype(dtype: str) -> np.dtype[Any]:
@@ -24,65 +24,93 @@ def host_dtype(dtype: str) -> np.dtype[Any]:
 
 
 class LoraStates:
-    """The states of one infer request. Only the rank rows that are written change."""
+    """The states of one infer request. Only the tiles that are written change."""
 
     def __init__(self, request: ov.InferRequest, layout: LoraLayout) -> None:
         self.layout = layout
+        self.count = 0
+        self._request = request
         self._dtype = host_dtype(layout.dtype)
         self._states = {state.name: state for state in request.query_state()}
-        for group in layout.groups:
-            self._zero(group.a, [group.in_features, len(group.b) * layout.total_rank])
-            for name, width in zip(group.b, group.out_features, strict=True):
-                self._zero(name, [layout.total_rank, width])
         # A device in the process's own memory gives its tensor, others a copy that has to be set again.
-        self._copies = not self._shares_memory()
+        self._copies = False
+        request.set_tensor(EMPTY, ov.Tensor(np.zeros((0, 1, 1), np.float32)))
+        self.resize(0)
 
-    def write(self, rows: RankRows, adapter: Adapter) -> None:
-        """Put an adapter into these rank rows, as many as its largest rank.
+    @property
+    def width(self) -> int:
+        """The rank rows of a tile."""
+        return self.layout.width
 
-        Where the adapter has a smaller rank, or nothing, the rows become zero: what stood there must not come back.
+    def resize(self, count: int) -> None:
+        """Have this many tiles: those that stay keep their content, new ones are zero."""
+        kept = min(self.count, count)
+        for group in self.layout.groups:
+            for name, parts, rows, columns in self._shapes(group):
+                new = self._tensor([parts * count, rows, columns])
+                if kept:
+                    old = self._view(self._states[name].state).reshape(parts, self.count, rows, columns)
+                    self._view(new).reshape(parts, count, rows, columns)[:, :kept] = old[:, :kept]
+                self._states[name].state = new
+            owners = group.owner_input()
+            if owners:
+                # h stands by linear, then tile; each chunk takes the tiles of the linear that it belongs to.
+                order = np.array(group.owners)[:, None] * count + np.arange(count)
+                self._request.set_tensor(owners, ov.Tensor(order.astype(np.int32).reshape(-1)))
+        self._copies = bool(count) and not self._shares_memory()
+        self.count = count
+
+    def write(self, tiles: TileIndices, adapter: Adapter) -> None:
+        """Put an adapter into these tiles, one for each `width` of its largest rank.
+
+        Where the adapter has a smaller rank, or nothing, the tiles become zero: what stood there must not come back.
         """
         for group in self.layout.groups:
-            self._write_down(group.a, group.paths, rows, adapter)
-            for name, path in zip(group.b, group.paths, strict=True):
-                self._write_up(name, path, rows, adapter)
+            (a_name, *a_shape), (b_name, *b_shape) = self._shapes(group)
+            a_tensor, b_tensor = self._states[a_name].state, self._states[b_name].state
+            a, b = self._tiles(a_tensor, a_shape), self._tiles(b_tensor, b_shape)
+            for index, path in enumerate(group.paths):
+                chunks = [chunk for chunk, owner in enumerate(group.owners) if owner == index]
+                self._write_pair(a[index], b[chunks[0] : chunks[-1] + 1], tiles, adapter.layers.get(path))
+            if self._copies:
+                self._states[a_name].state, self._states[b_name].state = a_tensor, b_tensor
 
-    def _write_down(self, name: str, paths: tuple[str, ...], rows: RankRows, adapter: Adapter) -> None:
-        tensor = self._states[name].state
-        view = self._view(tensor)
-        for index, path in enumerate(paths):
-            columns = rows + index * self.layout.total_rank
-            pair = adapter.layers.get(path)
-            rank = pair.rank if pair else 0
-            if pair:
-                view[:, columns[:rank]] = pair.a.T
-            view[:, columns[rank:]] = 0
-        self._settle(name, tensor)
+    def _write_pair(self, a: npt.NDArray[Any], b: npt.NDArray[Any], tiles: TileIndices, pair: LoraPair | None) -> None:
+        """Write one linear: a [S, in, width], b [its chunks, S, width, c]."""
+        width = self.width
+        scaled = pair.b.astype(np.float32) * np.float32(pair.scaling) if pair else None
+        for number, tile in enumerate(tiles):
+            begin = number * width
+            rank = min(max(pair.rank - begin, 0), width) if pair else 0
+            if pair and scaled is not None and rank:
+                a[tile, :, :rank] = pair.a[begin : begin + rank].T
+                rows = scaled[:, begin : begin + rank].T
+                b[:, tile, :rank] = rows.reshape(rank, len(b), -1).transpose(1, 0, 2)
+            a[tile, :, rank:] = 0
+            b[:, tile, rank:] = 0
 
-    def _write_up(self, name: str, path: str, rows: RankRows, adapter: Adapter) -> None:
-        tensor = self._states[name].state
-        view = self._view(tensor)
-        pair = adapter.layers.get(path)
-        rank = pair.rank if pair else 0
-        if pair:
-            view[rows[:rank]] = pair.b.T.astype(np.float32) * np.float32(pair.scaling)
-        view[rows[rank:]] = 0
-        self._settle(name, tensor)
+    def _shapes(self, group: LoraSlotGroup) -> list[tuple[str, int, int, int]]:
+        """Return name, number of parts, and shape of one tile of A and B."""
+        return [
+            (group.a, len(group.paths), group.in_features, self.width),
+            (group.b, len(group.owners), self.width, group.chunk_width),
+        ]
 
-    def _settle(self, name: str, tensor: ov.Tensor) -> None:
-        if self._copies:
-            self._states[name].state = tensor
+    def _tiles(self, tensor: ov.Tensor, shape: list[int]) -> npt.NDArray[Any]:
+        parts, rows, columns = shape
+        return self._view(tensor).reshape(parts, self.count, rows, columns)
 
-    def _zero(self, name: str, shape: list[int]) -> None:
+    def _tensor(self, shape: list[int]) -> ov.Tensor:
         tensor = ov.Tensor(ov.Type.f32 if self.layout.dtype == "f32" else ov.Type.bf16, ov.Shape(shape))
         self._view(tensor)[...] = 0
-        self._states[name].state = tensor
+        return tensor
 
     def _shares_memory(self) -> bool:
         state = self._states[self.layout.groups[0].a]
-        self._view(state.state)[0, 0] = 1
-        shared = bool(self._view(state.state)[0, 0] == 1)
-        self._view(state.state)[0, 0] = 0
+        before = self._view(state.state)[0, 0, 0]
+        self._view(state.state)[0, 0, 0] = before + 1
+        shared = bool(self._view(state.state)[0, 0, 0] != before)
+        self._view(state.state)[0, 0, 0] = before
         return shared
 
     def _view(self, tensor: ov.Tensor) -> npt.NDArray[Any]:

@@ -16,8 +16,9 @@ from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
+from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
-from ovms_lora.engine.runner import GraphSource, OpenVinoRunner
+from ovms_lora.engine.runner import OpenVinoRunner
 from ovms_lora.engine.tokenizer import Tokenizer
 
 _DEFAULT_MAX_LEN = 2048
@@ -70,7 +71,9 @@ def load_model(
     max_model_len = read_max_model_len(folder)
     graphs = GraphSource(folder, options)
     runtime = LoraRuntime(graphs, lora) if lora else None
-    runner = OpenVinoRunner(runtime.compile() if runtime else graphs.compile(), options, max_model_len=max_model_len)
+    graph = runtime.compile() if runtime else graphs.compile()
+    plain = graphs.compile() if graph.states and graphs.affords_plain else None
+    runner = OpenVinoRunner(graph, options, max_model_len=max_model_len, plain=plain)
     engine = Engine(
         runner,
         tokenizer,

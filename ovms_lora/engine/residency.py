@@ -1,8 +1,8 @@
-"""LoraResidency: which adapters stand in the graph's rank rows, and whether a sequence can run with them now.
+"""LoraResidency: which adapters stand in the graph's tiles, and whether a sequence can run with them now.
 
-    rank rows   [ sql sql sql sql | tools tools tools … | free … ]      each adapter has as many as its largest rank
+    tiles       [ sql | tools | tools | free | mail … ]     each adapter has as many as its largest rank needs
     held        a running sequence uses it: it stays
-    idle        least recently used first: gives way when another needs its rows, unless it is pinned
+    idle        least recently used first: gives way when another needs the room, unless it is pinned
     forgotten   no alias names it any more: it goes as soon as it is idle
 
 Belongs to the engine thread. What is in host memory, and under which alias, is not known here: a request brings its
@@ -19,28 +19,41 @@ import numpy as np
 
 from ovms_lora.adapters.adapter import Adapter
 from ovms_lora.core.request import AdapterUse, HostAdapter
-from ovms_lora.engine.lora_states import RankRows
+from ovms_lora.engine.lora_rows import SequenceTiles
+from ovms_lora.engine.lora_states import TileIndices
 from ovms_lora.engine.sequence import Sequence
 
 
-class RankStates(Protocol):
+class TileStates(Protocol):
     """Where adapters are written; `LoraStates` on a device."""
 
-    def write(self, rows: RankRows, adapter: Adapter) -> None:
-        """Put an adapter into these rank rows."""
+    count: int
+
+    @property
+    def width(self) -> int:
+        """The rank rows of a tile."""
+
+    def resize(self, count: int) -> None:
+        """Have this many tiles."""
+
+    def write(self, tiles: TileIndices, adapter: Adapter) -> None:
+        """Put an adapter into these tiles."""
 
 
 @dataclass(slots=True, eq=False)
 class _Resident:
     adapter: Adapter
-    rows: RankRows
+    tiles: TileIndices
     holders: int = 0
 
 
 class LoraResidency:
-    """At most `max_loras` adapters in `total_rank` rank rows; `states` is None as long as there are no rows."""
+    """At most `max_loras` adapters with ranks of `total_rank` together; `states` is None as long as the graph has none.
 
-    def __init__(self, states: RankStates | None, *, total_rank: int, max_loras: int) -> None:
+    Ranks are counted as they are; that a tile is wider than some of them costs memory, not room.
+    """
+
+    def __init__(self, states: TileStates | None, *, total_rank: int, max_loras: int) -> None:
         self.total_rank = total_rank
         self.max_loras = max_loras
         self.loads = 0
@@ -48,7 +61,7 @@ class LoraResidency:
         self._pinned: frozenset[str] = frozenset()
         self._named: frozenset[str] | None = None  # None: all of them
         self._residents: dict[str, _Resident] = {}  # least recently used first
-        self._free: list[int] = list(range(total_rank))
+        self._free: list[int] = []  # tiles
         self._held: dict[Sequence, tuple[AdapterUse, ...]] = {}
 
     @property
@@ -58,15 +71,15 @@ class LoraResidency:
 
     @property
     def free_rank(self) -> int:
-        """Rank rows that no adapter has."""
-        return len(self._free)
+        """The rank that no resident takes."""
+        return self.total_rank - sum(resident.adapter.max_rank for resident in self._residents.values())
 
     def pin(self, digests: Collection[str]) -> None:
         """Name the adapters that stay once they are resident."""
         self._pinned = frozenset(digests)
 
     def name(self, digests: Collection[str]) -> None:
-        """Name the adapters that have an alias; others give up their rows once no sequence holds them."""
+        """Name the adapters that have an alias; others give up their tiles once no sequence holds them."""
         self._named = frozenset(digests)
 
     def acquire(self, sequence: Sequence) -> bool:
@@ -82,7 +95,7 @@ class LoraResidency:
             resident.holders += 1
             self._residents[digest] = resident
         self._held[sequence] = uses
-        sequence.strengths = self._strengths(uses)
+        sequence.tiles = self._tiles(uses)
         return True
 
     def release(self, sequence: Sequence) -> None:
@@ -90,22 +103,29 @@ class LoraResidency:
         for digest in {use.digest for use in self._held.pop(sequence, ())}:
             self._residents[digest].holders -= 1
             self._drop(digest)
-        sequence.strengths = None
+        sequence.tiles = None
 
     def sweep(self) -> None:
-        """Give up the rows of idle adapters that have no alias any more."""
+        """Give up the tiles of idle adapters that have no alias any more, and the memory of unused tiles at the end."""
         for digest in list(self._residents):
             self._drop(digest)
+        if self._states:
+            used = max((int(resident.tiles.max()) + 1 for resident in self._residents.values()), default=0)
+            self._free = [tile for tile in self._free if tile < used]
+            if used < self._states.count:
+                self._states.resize(used)
 
-    def move(self, states: RankStates, total_rank: int) -> None:
-        """Go on in another graph's states, with `total_rank` ≥ the present one: all residents keep their rows."""
-        assert total_rank >= self.total_rank, "rank rows in use cannot go away"
-        self._free += range(self.total_rank, total_rank)
-        self._states, self.total_rank = states, total_rank
+    def move(self, states: TileStates) -> None:
+        """Go on in another graph's states, which are empty: all residents are written into them."""
+        self._states, self._free = states, []
+        states.resize(sum(self._count_tiles(resident.adapter) for resident in self._residents.values()))
+        begin = 0
         for resident in self._residents.values():
-            states.write(resident.rows, resident.adapter)
+            end = begin + self._count_tiles(resident.adapter)
+            resident.tiles, begin = np.arange(begin, end), end
+            states.write(resident.tiles, resident.adapter)
         for sequence, uses in self._held.items():
-            sequence.strengths = self._strengths(uses)
+            sequence.tiles = self._tiles(uses)
 
     def _drop(self, digest: str) -> None:
         if self._named is not None and digest not in self._named and not self._residents[digest].holders:
@@ -116,7 +136,7 @@ class LoraResidency:
 
         Pinned ones go only for what could else never run: it was asked for before they were pinned.
         """
-        rank = sum(adapter.max_rank for adapter in missing.values()) - len(self._free)
+        rank = sum(adapter.max_rank for adapter in missing.values()) - self.free_rank
         count = len(self._residents) + len(missing) - self.max_loras
         pinned = self._pinned if self._fit_beside_pinned(keep) else frozenset()
         victims = []
@@ -125,7 +145,7 @@ class LoraResidency:
                 break
             if not resident.holders and digest not in keep and digest not in pinned:
                 victims.append(digest)
-                rank -= len(resident.rows)
+                rank -= resident.adapter.max_rank
                 count -= 1
         if rank > 0 or count > 0:
             return False
@@ -135,23 +155,33 @@ class LoraResidency:
 
     def _fit_beside_pinned(self, adapters: dict[str, HostAdapter]) -> bool:
         kept = [r for digest, r in self._residents.items() if digest in self._pinned and digest not in adapters]
-        rank = sum(adapter.max_rank for adapter in adapters.values()) + sum(len(r.rows) for r in kept)
+        rank = sum(adapter.max_rank for adapter in adapters.values()) + sum(r.adapter.max_rank for r in kept)
         return len(adapters) + len(kept) <= self.max_loras and rank <= self.total_rank
 
     def _evict(self, digest: str) -> None:
-        self._free = sorted([*self._free, *self._residents.pop(digest).rows.tolist()])
+        self._free = sorted([*self._free, *self._residents.pop(digest).tiles.tolist()])
 
     def _bring_in(self, adapter: HostAdapter) -> _Resident:
         assert isinstance(adapter, Adapter), "requests of this model carry loaded adapters"
-        assert self._states, "nothing fits into no rank rows"
-        rows = np.array(self._free[: adapter.max_rank], np.intp)
-        self._free = self._free[adapter.max_rank :]
-        self._states.write(rows, adapter)
+        assert self._states, "nothing fits into a graph without states"
+        count = self._count_tiles(adapter)
+        if count > len(self._free):
+            present, wanted = self._states.count, self._states.count + count - len(self._free)
+            self._states.resize(wanted)
+            self._free += range(present, wanted)
+        tiles, self._free = np.array(self._free[:count], np.intp), self._free[count:]
+        self._states.write(tiles, adapter)
         self.loads += 1
-        return _Resident(adapter, rows)
+        return _Resident(adapter, tiles)
 
-    def _strengths(self, uses: Iterable[AdapterUse]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        strengths = np.zeros(self.total_rank, np.float32)
+    def _count_tiles(self, adapter: Adapter) -> int:
+        assert self._states, "asked only where there are states"
+        return -(-adapter.max_rank // self._states.width)
+
+    def _tiles(self, uses: Iterable[AdapterUse]) -> SequenceTiles | None:
+        strengths: dict[str, float] = {}
         for use in uses:
-            strengths[self._residents[use.digest].rows] += np.float32(use.alpha)
-        return strengths
+            strengths[use.digest] = strengths.get(use.digest, 0.0) + use.alpha
+        tiles = [self._residents[digest].tiles for digest in strengths]
+        alphas = np.repeat(np.array(list(strengths.values()), np.float32), [len(each) for each in tiles])
+        return SequenceTiles(np.concatenate(tiles), alphas) if tiles else None

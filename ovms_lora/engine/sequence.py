@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
-import numpy.typing as npt
 
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.engine.block_pool import PrefixKey, prefix_key, prefix_root
+from ovms_lora.engine.lora_rows import SequenceTiles
 
 
 class SequenceStatus(Enum):
@@ -40,6 +40,7 @@ class Sequence:
 
     `token_ids` are prompt and output together; the first `num_computed` of them have keys and values in `blocks`.
     `num_cached` of the prompt's were found in the cache when the sequence was first admitted; None before that.
+    `tiles` are those of its adapters while it runs; None for the plain base.
     """
 
     request: GenerationRequest
@@ -49,7 +50,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int | None = None
     blocks: list[int] = field(default_factory=list)
-    strengths: npt.NDArray[np.float32] | None = None
+    tiles: SequenceTiles | None = None
     arrival: int = 0
     bypassed: int = 0
     _keys: list[PrefixKey] = field(default_factory=list)

@@ -13,12 +13,12 @@ import pytest
 
 from ovms_lora.adapters.adapter import LinearShape
 from ovms_lora.core.config import EngineOptions
+from ovms_lora.engine import graph_source
 from ovms_lora.engine import linears as linears_module
-from ovms_lora.engine import runner
 from ovms_lora.engine.device import openvino_core
+from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.linears import Carrier, Linear, LinearGroup, find_linears, group_linears, split_carrier
 from ovms_lora.engine.paged_graph import read_paged_model
-from ovms_lora.engine.runner import GraphSource
 from tests.engine.harness import Answer
 from tests.engine.lora_models import FAMILIES, LINEARS, Ask, Base, Bases, prompt, serving
 from tests.engine.toy_graph import WEIGHTS, toy_model
@@ -104,7 +104,7 @@ def test_joining_changes_no_numbers(name: str, targets: list[str], bases: Bases,
     folder = int8 if name == "int8" else base.folder
     adapter = base.adapter(tmp_path / "x", target_modules=targets)
     joined = answers(folder, adapter)
-    with mock.patch.object(runner, "group_linears", apart):
+    with mock.patch.object(graph_source, "group_linears", apart):
         unjoined = answers(folder, adapter)
     for one, other in zip(joined, unjoined, strict=True):
         assert one.token_ids == other.token_ids

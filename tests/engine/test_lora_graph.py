@@ -8,71 +8,89 @@ import numpy as np
 import pytest
 
 from ovms_lora.engine.device import openvino_core
-from ovms_lora.engine.lora_graph import ALPHA, HEAD_ALPHA, HEAD_ROWS, INITIAL, ROWS
+from ovms_lora.engine.lora_rows import SequenceTiles
 from tests.engine.toy_graph import SHAPES, Toy, adapter, assert_close, expected, toy, toy_model
 
 X = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
 ONE = adapter({"m.q": 2, "m.v": 1, "m.o": 3, "head": 2}, seed=1)
 TWO = adapter({"m.v": 2, "head": 1}, seed=2, scaling=-0.5)
-ROWS_OF = {ONE.digest: np.array([0, 3, 4]), TWO.digest: np.array([6, 1])}
+TILES = {ONE.digest: np.array([3, 0]), TWO.digest: np.array([1])}
 
 
 def filled(targets: tuple[str, ...] = tuple(SHAPES), **options: Any) -> Toy:
     made = toy(targets, **options)
     for each in (ONE, TWO):
-        made.states.write(ROWS_OF[each.digest], each)
+        made.states.write(TILES[each.digest], each)
     return made
 
 
-def alpha(*uses: dict[str, float]) -> np.ndarray:
-    result = np.zeros((len(uses), 8), np.float32)
-    for row, parts in zip(result, uses, strict=True):
-        for digest, strength in parts.items():
-            row[ROWS_OF[digest]] = strength
-    return result
+def using(**strengths: float) -> SequenceTiles:
+    tiles = [TILES[name.removeprefix("a")] for name in strengths]
+    alphas = np.repeat(np.array(list(strengths.values()), np.float32), [len(each) for each in tiles])
+    return SequenceTiles(np.concatenate(tiles), alphas)
 
 
+@pytest.mark.parametrize("zero_row", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_each_row_has_its_own_adapters(dtype: str, bias: bool) -> None:
-    found = filled(dtype=dtype, bias=bias).run(X, [0, 2, 3], alpha({"1": 1.0}, {"2": -2.0}, {"1": 0.5, "2": 1.5}))
+def test_each_row_has_its_own_adapters(dtype: str, bias: bool, zero_row: bool) -> None:
+    made = filled(dtype=dtype, bias=bias, zero_row=zero_row)
+    found = made.run(X, {0: using(a1=1.0), 2: using(a2=-2.0), 3: using(a1=0.5, a2=1.5)})
     uses = [[(ONE, 1.0)], [], [(TWO, -2.0)], [(ONE, 0.5), (TWO, 1.5)], []]
     assert_close(found, expected(X, uses, bias=bias), dtype)
 
 
-def test_steps_of_other_sizes_follow_each_other() -> None:
-    made = filled()
+@pytest.mark.parametrize("zero_row", [False, True])
+def test_steps_of_other_sizes_follow_each_other(zero_row: bool) -> None:
+    made = filled(zero_row=zero_row)
     for rows in ([], [4], [0, 1, 2, 3, 4], [], [2, 0]):
-        found = made.run(X, rows, alpha(*[{"1": 1.0}] * len(rows)))
+        found = made.run(X, {row: using(a1=1.0) for row in rows})
         assert_close(found, expected(X, [[(ONE, 1.0)] if row in rows else [] for row in range(5)]))
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_few_or_many_rows_of_one_adapter(count: int) -> None:
+    x = np.random.default_rng(1).normal(size=(9, 4)).astype(np.float32)
+    found = filled(sums=True).run(x, {row: using(a2=1.0) for row in range(count)})
+    assert_close(found, expected(x, [[(TWO, 1.0)] if row < count else [] for row in range(9)]))
+
+
+def test_without_sums_each_row_may_use_one_tile() -> None:
+    made = filled(sums=False)
+    found = made.run(X, {1: using(a2=2.0), 4: using(a2=-1.0)})
+    assert_close(found, expected(X, [[], [(TWO, 2.0)], [], [], [(TWO, -1.0)]]))
+    inputs = {name for port in made.model.inputs for name in port.get_names()}
+    assert not [name for name in inputs if "sum" in name]
 
 
 @pytest.mark.parametrize("targets", [("m.q",), ("m.v",), ("m.q", "m.v"), ("m.o",), ("head",), ("m.v", "head")])
 def test_only_targeted_layers_change(targets: tuple[str, ...]) -> None:
     made = filled(targets)
     assert made.layout.paths == set(targets)
-    assert made.layout.head == ("head" in targets)
+    assert (made.layout.head_rows is not None) == ("head" in targets)
+    assert (made.layout.rows is not None) == (targets != ("head",))
     some = adapter({path: rank for path, rank in {"m.q": 2, "m.v": 1, "m.o": 3, "head": 2}.items() if path in targets})
-    made.states.write(ROWS_OF["1"], some)
-    found = made.run(X, [1, 3], alpha({"1": 1.0}, {"1": 0.5}))
+    made.states.write(TILES["1"], some)
+    found = made.run(X, {1: using(a1=1.0), 3: using(a1=0.5)})
     assert_close(found, expected(X, [[], [(some, 1.0)], [], [(some, 0.5)], []]))
 
 
 def test_without_rows_nothing_changes_whatever_the_states_hold() -> None:
     plain = openvino_core().compile_model(toy_model(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     result = plain.create_infer_request().infer({"x": X[:, None]})
-    found = filled().run(X, [], np.zeros((0, 8), np.float32))
-    for index in range(2):
-        np.testing.assert_array_equal(found[index], result[index][:, 0])
+    for made in (filled(), toy(tiles=0)):
+        found = made.run(X, {})
+        for index in range(2):
+            np.testing.assert_array_equal(found[index], result[index][:, 0])
 
 
-def test_the_inputs_are_those_that_are_needed() -> None:
-    def inputs(*targets: str) -> set[str]:
-        return {name for port in toy(targets).model.inputs for name in port.get_names()} - {"x"}
-
-    assert inputs("m.q") == {INITIAL, ROWS, ALPHA}
-    assert inputs("head") == {INITIAL, HEAD_ROWS, HEAD_ALPHA}
-    assert inputs(*SHAPES) == {INITIAL, ROWS, ALPHA, HEAD_ROWS, HEAD_ALPHA}
+def test_more_tiles_need_no_other_graph() -> None:
+    made = filled()
+    made.states.resize(7)
+    late = adapter({"m.q": 1, "head": 2}, seed=5)
+    made.states.write(np.array([6]), late)
+    found = made.run(X, {0: SequenceTiles(np.array([6]), np.array([1.5], np.float32)), 2: using(a1=1.0)})
+    assert_close(found, expected(X, [[(late, 1.5)], [], [(ONE, 1.0)], [], []]))
 
 
 def test_a_graph_for_other_devices_holds_standard_operations_only() -> None:
@@ -81,7 +99,7 @@ def test_a_graph_for_other_devices_holds_standard_operations_only() -> None:
 
 
 def test_it_compiles_behind_another_device_name() -> None:
-    found = filled(device="HETERO:CPU").run(X, [0], alpha({"1": 1.0}))
+    found = filled(device="HETERO:CPU").run(X, {0: using(a1=1.0)})
     assert_close(found, expected(X, [[(ONE, 1.0)], [], [], [], []]))
 
 
@@ -91,11 +109,9 @@ def test_huge_values_of_one_adapter_leave_other_rows_alone() -> None:
     for pair in huge.layers.values():
         pair.a[...] = 9e14
         pair.b[...] = -4e14
-    made.states.write(ROWS_OF["1"], ONE)
-    made.states.write(np.array([5, 7]), huge)
-    strengths = alpha({"1": 1.0}, {}, {"1": 1.0})
-    strengths[1, [5, 7]] = 1.0
-    found = made.run(X, [0, 1, 2], strengths)
+    made.states.write(TILES["1"], ONE)
+    made.states.write(np.array([2]), huge)
+    found = made.run(X, {0: using(a1=1.0), 1: SequenceTiles(np.array([2]), np.ones(1, np.float32)), 2: using(a1=1.0)})
     wanted = expected(X, [[(ONE, 1.0)], [], [(ONE, 1.0)], [], []])
     keep = [0, 2, 3, 4]
     assert_close([each[keep] for each in found], [each[keep] for each in wanted])

@@ -27,9 +27,9 @@ from ovms_lora.core.errors import (
     UnknownAliasError,
 )
 from ovms_lora.core.request import AdapterUse
+from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.lora_runtime import AdapterSpec, CompositeSpec, LoraConfig
 from ovms_lora.engine.lora_states import host_dtype
-from ovms_lora.engine.runner import GraphSource
 from tests.engine.lora_models import LINEARS, Ask, Base, Bases, Served, prompt, serving
 
 RANKS = {"one": 1, "three": 3, "eight": 8, "head": 5, "sixteen": 16}

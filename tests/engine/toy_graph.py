@@ -13,7 +13,8 @@ from openvino import opset13 as ops
 from ovms_lora.adapters.adapter import Adapter, LoraPair
 from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.linears import find_linears, group_linears
-from ovms_lora.engine.lora_graph import ALPHA, HEAD_ALPHA, HEAD_ROWS, INITIAL, ROWS, LoraLayout, insert_lora
+from ovms_lora.engine.lora_graph import LoraForm, LoraLayout, insert_lora
+from ovms_lora.engine.lora_rows import RowSpan, SequenceTiles, plan_tiles
 from ovms_lora.engine.lora_states import LoraStates, host_dtype
 
 Array = npt.NDArray[np.float32]
@@ -63,12 +64,19 @@ class Toy:
     request: ov.InferRequest
     states: LoraStates
 
-    def run(self, x: Array, rows: Sequence[int], alpha: Array) -> list[Array]:
-        """Give v and head for x [T, 4]; the rows use the strengths `alpha` [L, total rank]."""
-        names = {name for port in self.model.inputs for name in port.get_names()}
+    def run(self, x: Array, uses: Mapping[int, SequenceTiles]) -> list[Array]:
+        """Give v and head for x [T, 4]; the rows named in `uses` use these tiles."""
+        spans = [RowSpan(row, 1, use) for row, use in uses.items()]
+        plan = plan_tiles(spans, num_rows=len(x), num_tiles=self.states.count)
         feeds = {"x": x[:, None]}
-        feeds |= {name: np.array(rows, np.int32) for name in (ROWS, HEAD_ROWS) if name in names}
-        feeds |= {name: alpha.astype(np.float32) for name in (ALPHA, HEAD_ALPHA) if name in names}
+        for names in (self.layout.rows, self.layout.head_rows):
+            if names is None:
+                continue
+            feeds |= {names.tile_rows: plan.tile_rows, names.alpha: plan.alpha}
+            feeds |= {names.place(chunks): plan.place(chunks) for chunks in names.chunks}
+            if names.sums:
+                feeds |= {names.sum_rows: plan.sum_rows, names.sum_alpha: plan.sum_alpha}
+                feeds |= {names.sum_place(chunks): plan.sum_place(chunks) for chunks in names.chunks}
         for name, value in feeds.items():
             self.request.set_tensor(name, ov.Tensor(np.ascontiguousarray(value)))
         self.request.infer()
@@ -78,18 +86,23 @@ class Toy:
 def toy(
     targets: Sequence[str] = tuple(SHAPES),
     *,
-    total_rank: int = 8,
+    tiles: int = 4,
+    width: int = 2,
     dtype: str = "f32",
+    sums: bool = True,
+    zero_row: bool = False,
     device: str = "CPU",
     bias: bool = False,
 ) -> Toy:
-    """Compile the toy with LoRA for the targets."""
+    """Compile the toy with LoRA for the targets, with this many empty tiles."""
     model = toy_model(bias=bias)
     groups = group_linears(find_linears(model))
-    layout = insert_lora(model, groups, targets, total_rank=total_rank, dtype=dtype, head="head")
+    form = LoraForm(width, dtype, sums=sums, zero_row=zero_row)
+    layout = insert_lora(model, groups, targets, form, head="head")
     request = openvino_core().compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
-    request.set_tensor(INITIAL, ov.Tensor(np.zeros((), np.float32)))
-    return Toy(model, layout, request, LoraStates(request, layout))
+    states = LoraStates(request, layout)
+    states.resize(tiles)
+    return Toy(model, layout, request, states)
 
 
 def expected(x: Array, uses: Sequence[Sequence[tuple[Adapter, float]]], *, bias: bool = False) -> list[Array]:

@@ -18,9 +18,9 @@ from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError, OvmsLoraError
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
+from ovms_lora.engine.graph_source import LoraTargets
 from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel
-from ovms_lora.engine.runner import LoraTargets
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import ConfigFile, ModelSource, SingleModel
 from ovms_lora.server.options import ServerOptions

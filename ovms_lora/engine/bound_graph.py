@@ -1,0 +1,96 @@
+"""BoundGraph: one compiled graph with its input tensors, and the LoRA inputs among them.
+
+Sets only what has changed; knows chunks and tiles, and nothing of how the values of other inputs come about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+
+from ovms_lora.engine.graph_source import CompiledGraph
+from ovms_lora.engine.lora_graph import RowInputs
+from ovms_lora.engine.lora_rows import RowSpan, TilePlan, plan_tiles
+from ovms_lora.engine.scheduler import Chunk
+
+
+class _Input:
+    """One input of the infer request whose tensor is kept while its shape stays the same."""
+
+    def __init__(self, request: ov.InferRequest, name: str, dtype: type[np.generic]) -> None:
+        self._request, self._name, self._dtype = request, name, dtype
+        self._array: npt.NDArray[Any] | None = None
+
+    def set(self, values: npt.ArrayLike) -> None:
+        new = np.asarray(values, dtype=self._dtype)
+        if self._array is None or self._array.shape != new.shape:
+            self._array = np.empty(new.shape, self._dtype)
+            self._array[...] = new
+            self._request.set_tensor(self._name, ov.Tensor(self._array, shared_memory=True))
+        else:
+            self._array[...] = new
+
+
+class BoundGraph:
+    """One compiled graph with its input tensors."""
+
+    def __init__(self, graph: CompiledGraph, cache: Mapping[str, ov.Tensor]) -> None:
+        self.request, self.states = graph.request, graph.states
+        for name, tensor in cache.items():
+            self.request.set_tensor(name, tensor)
+        self._inputs: dict[str, _Input] = {}
+        layout = graph.states.layout if graph.states else None
+        self._rows = _BoundRows(self.set, layout.rows) if layout and layout.rows else None
+        self._head_rows = _BoundRows(self.set, layout.head_rows) if layout and layout.head_rows else None
+
+    def set(self, name: str, values: npt.ArrayLike, dtype: type[np.generic]) -> None:
+        """Set an input."""
+        if name not in self._inputs:
+            self._inputs[name] = _Input(self.request, name, dtype)
+        self._inputs[name].set(values)
+
+    def set_rows(self, chunks: Sequence[Chunk]) -> None:
+        """Say which rows use which adapters, where the graph wants to know."""
+        if self.states and self._rows:
+            self._rows.set(chunks, [chunk.count for chunk in chunks], self.states.count)
+        if self.states and self._head_rows:
+            self._head_rows.set(chunks, [chunk.num_sampled for chunk in chunks], self.states.count)
+
+
+class _BoundRows:
+    """The inputs of one set of rows. While the same sequences decode nothing changes, and nothing is set."""
+
+    def __init__(self, set_input: Callable[[str, npt.ArrayLike, type[np.generic]], None], names: RowInputs) -> None:
+        self._set_input, self._names = set_input, names
+        self._last: tuple[list[RowSpan], int, int] | None = None
+
+    def set(self, chunks: Sequence[Chunk], counts: Sequence[int], num_tiles: int) -> None:
+        """Set what `counts` rows of each chunk use."""
+        spans, begin = [], 0
+        for chunk, count in zip(chunks, counts, strict=True):
+            if chunk.sequence.tiles is not None and count:
+                spans.append(RowSpan(begin, count, chunk.sequence.tiles))
+            begin += count
+        now = (spans, begin, num_tiles)
+        if now == self._last:
+            return
+        self._last = now
+        plan = plan_tiles(spans, num_rows=begin, num_tiles=num_tiles)
+        assert self._names.sums or not len(plan.sum_rows), "a graph without sums takes rows with one tile"
+        self._set_plan(plan)
+
+    def _set_plan(self, plan: TilePlan) -> None:
+        names = self._names
+        self._set_input(names.tile_rows, plan.tile_rows, np.int32)
+        self._set_input(names.alpha, plan.alpha, np.float32)
+        for chunks in names.chunks:
+            self._set_input(names.place(chunks), plan.place(chunks), np.int32)
+        if names.sums:
+            self._set_input(names.sum_rows, plan.sum_rows, np.int32)
+            self._set_input(names.sum_alpha, plan.sum_alpha, np.float32)
+            for chunks in names.chunks:
+                self._set_input(names.sum_place(chunks), plan.sum_place(chunks), np.int32)
