@@ -1,4 +1,4 @@
-"""Writing into rank rows: those rows, completely, and no others."""
+"""Writing into tiles: those tiles, completely, and no others."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from ovms_lora.engine.lora_states import LoraStates
 from tests.engine.lora_models import LINEARS, Ask, Bases, drift, log_probabilities, prompt, serving
 from tests.engine.toy_graph import SHAPES, Toy, adapter, state, toy
 
-NAMES = ["lora_A.m.q+m.v", "lora_A.m.o", "lora_A.head", *(f"lora_B.{path}" for path in SHAPES)]
-
 
 @pytest.fixture(params=["f32", "bf16"])
 def made(request: pytest.FixtureRequest) -> Iterator[Toy]:
@@ -31,48 +29,66 @@ def same(one: dict[str, np.ndarray[Any, Any]], other: dict[str, np.ndarray[Any, 
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def a_of(made: Toy, path: str) -> np.ndarray[Any, Any]:
-    """A of one layer, [total rank, in]."""
+def pair_of(made: Toy, path: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A of one layer [S, in, width], and B [S, width, out]."""
     group = next(group for group in made.layout.groups if path in group.paths)
-    begin = group.paths.index(path) * made.layout.total_rank
-    return state(made, group.a)[:, begin : begin + made.layout.total_rank].T
+    count, place = made.states.count, group.paths.index(path)
+    a = state(made, group.a)[place * count : (place + 1) * count]
+    chunks = [chunk for chunk, owner in enumerate(group.owners) if owner == place]
+    b = [state(made, group.b)[chunk * count : (chunk + 1) * count] for chunk in chunks]
+    return a, np.concatenate(b, axis=2)
 
 
 def test_states_begin_empty(made: Toy) -> None:
     assert all(not values.any() for values in content(made).values())
 
 
-def test_an_adapter_stands_in_its_rows_scaled(made: Toy) -> None:
+def test_an_adapter_stands_in_its_tiles_scaled(made: Toy) -> None:
     some = adapter({"m.q": 2, "m.v": 3, "head": 1}, scaling=3.0)
-    rows = np.array([1, 6, 4])
-    made.states.write(rows, some)
+    tiles = np.array([2, 0])
+    made.states.write(tiles, some)
     for path, pair in some.layers.items():
-        found_a, found_b = a_of(made, path), state(made, f"lora_B.{path}")
+        a, b = pair_of(made, path)
         rough = 0 if made.layout.dtype == "f32" else 2.0**-8
-        np.testing.assert_allclose(found_a[rows[: pair.rank]], pair.a, rtol=rough)
-        np.testing.assert_allclose(found_b[rows[: pair.rank]], pair.b.T * np.float32(3), rtol=rough)
-        others = np.setdiff1d(np.arange(8), rows[: pair.rank])
-        assert not found_a[others].any() and not found_b[others].any()
-    assert not a_of(made, "m.o").any() and not state(made, "lora_B.m.o").any()
+        found_a = np.concatenate([a[tile].T for tile in tiles])
+        found_b = np.concatenate([b[tile] for tile in tiles])
+        np.testing.assert_allclose(found_a[: pair.rank], pair.a, rtol=rough)
+        np.testing.assert_allclose(found_b[: pair.rank], pair.b.T * np.float32(3), rtol=rough)
+        assert not found_a[pair.rank :].any() and not found_b[pair.rank :].any()
+        assert not a[[1, 3]].any() and not b[[1, 3]].any()
+    assert not any(each.any() for each in pair_of(made, "m.o"))
 
 
 def test_neighbours_are_left_alone(made: Toy) -> None:
-    made.states.write(np.array([0, 2]), adapter(dict.fromkeys(SHAPES, 2), seed=1))
-    before = content(made)
-    made.states.write(np.array([1, 7, 3]), adapter(dict.fromkeys(SHAPES, 3), seed=2))
+    made.states.write(np.array([0]), adapter(dict.fromkeys(SHAPES, 2), seed=1))
+    before = {path: pair_of(made, path)[1] for path in SHAPES}
+    made.states.write(np.array([1, 3]), adapter(dict.fromkeys(SHAPES, 3), seed=2))
     for path in SHAPES:
-        assert not np.array_equal(state(made, f"lora_B.{path}"), before[f"lora_B.{path}"])
-        np.testing.assert_array_equal(state(made, f"lora_B.{path}")[[0, 2]], before[f"lora_B.{path}"][[0, 2]])
+        after = pair_of(made, path)[1]
+        assert not np.array_equal(after, before[path])
+        np.testing.assert_array_equal(after[[0, 2]], before[path][[0, 2]])
 
 
 def test_nothing_is_left_of_who_stood_there_before(made: Toy) -> None:
-    rows = np.array([5, 0, 2])
-    made.states.write(rows, adapter(dict.fromkeys(SHAPES, 3), seed=1))
+    tiles = np.array([3, 0])
+    made.states.write(tiles, adapter(dict.fromkeys(SHAPES, 3), seed=1))
     some = adapter({"m.v": 1, "m.o": 2}, seed=2)
-    made.states.write(rows, some)
+    made.states.write(tiles, some)
     fresh = toy(dtype=made.layout.dtype)
-    fresh.states.write(rows, some)
+    fresh.states.write(tiles, some)
     assert same(content(made), content(fresh))
+
+
+def test_a_change_of_size_keeps_what_stays(made: Toy) -> None:
+    made.states.write(np.array([1]), adapter(dict.fromkeys(SHAPES, 2), seed=1))
+    before = {path: pair_of(made, path) for path in SHAPES}
+    for count in (9, 2):
+        made.states.resize(count)
+        for path in SHAPES:
+            for found, kept in zip(pair_of(made, path), before[path], strict=True):
+                assert len(found) == count
+                np.testing.assert_array_equal(found[:2], kept[:2])
+                assert not found[2:].any()
 
 
 class CopyingState:
@@ -100,14 +116,19 @@ class CopyingRequest:
     def query_state(self) -> list[CopyingState]:
         return self.states
 
+    def set_tensor(self, name: str, tensor: ov.Tensor) -> None:
+        """Inputs are not looked at here."""
+
 
 def test_a_device_that_gives_copies_is_written_to_as_well() -> None:
     near = toy()
     request = CopyingRequest([each.name for each in near.request.query_state()])
     far = LoraStates(request, near.layout)
+    far.resize(4)
     some = adapter(dict.fromkeys(SHAPES, 3))
     for states in (near.states, far):
-        states.write(np.array([1, 2, 6]), some)
+        states.write(np.array([1, 2]), some)
+        states.resize(3)
     for each in request.states:
         np.testing.assert_array_equal(each.state.data, state(near, each.name))
 

@@ -1,9 +1,8 @@
-"""Who stands in the rank rows: never two in one, nobody put out while in use, nothing lost, nobody starved."""
+"""Who stands in the tiles: never two in one, nobody put out while in use, nothing lost, nobody starved."""
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.request import AdapterUse, GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine.engine import Engine
-from ovms_lora.engine.lora_states import RankRows
+from ovms_lora.engine.lora_states import TileIndices
 from ovms_lora.engine.residency import LoraResidency
 from ovms_lora.engine.sequence import Sequence
 from tests.engine.harness import TOKENIZER, Answers
@@ -32,17 +31,25 @@ USES = st.lists(st.tuples(DIGESTS, st.sampled_from([-1.5, 0.5, 1.0])), max_size=
 
 
 class FakeStates:
-    """Rank rows that remember who was written into them last."""
+    """Tiles of two rank rows that remember who was written into them last."""
 
-    def __init__(self, total_rank: int) -> None:
-        self.owner: npt.NDArray[np.str_] = np.full(total_rank, "", "<U1")
+    width = 2
 
-    def write(self, rows: RankRows, adapter: Adapter) -> None:
-        assert len(set(rows.tolist())) == len(rows) == adapter.max_rank
-        self.owner[rows] = adapter.digest
+    def __init__(self) -> None:
+        self.count = 0
+        self.owner: list[str] = []
 
-    def rows(self, digest: str) -> list[int]:
-        return np.flatnonzero(self.owner == digest).tolist()
+    def resize(self, count: int) -> None:
+        self.owner = [*self.owner[:count], *[""] * (count - self.count)]
+        self.count = count
+
+    def write(self, tiles: TileIndices, adapter: Adapter) -> None:
+        assert len(set(tiles.tolist())) == len(tiles) == -(-adapter.max_rank // self.width)
+        for tile in tiles:
+            self.owner[tile] = adapter.digest
+
+    def tiles(self, digest: str) -> list[int]:
+        return [tile for tile, owner in enumerate(self.owner) if owner == digest]
 
 
 def sequence(*uses: tuple[str, float], name: str = "r") -> Sequence:
@@ -55,7 +62,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @initialize(total_rank=st.integers(5, 12), max_loras=st.integers(1, 4))
     def start(self, total_rank: int, max_loras: int) -> None:
-        self.states = FakeStates(total_rank)
+        self.states = FakeStates()
         self.residency = LoraResidency(self.states, total_rank=total_rank, max_loras=max_loras)
         self.held: list[Sequence] = []
         self.pinned: set[str] = set()
@@ -78,7 +85,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         after = set(self.residency.resident)
         if not acquired:
             assert after == before
-            assert new.strengths is None
+            assert new.tiles is None
             # Refused only where those in use, and the pinned ones it could ever run beside, leave no room.
             least = self.in_use() | wanted | (staying if self.room_for(staying | wanted) else set())
             assert not self.room_for(least)
@@ -95,7 +102,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         each = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.residency.release(each)
-        assert each.strengths is None
+        assert each.tiles is None
         for use in each.request.adapters:
             if use.digest not in self.named and use.digest not in self.in_use():
                 assert use.digest not in self.residency.resident
@@ -115,12 +122,13 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency.sweep()
         assert set(self.residency.resident) == {d for d in before if d in named or d in self.in_use()}
 
-    @rule(more=st.integers(0, 3))
-    def move(self, more: int) -> None:
-        before = {digest: self.states.rows(digest) for digest in self.residency.resident}
-        self.states = FakeStates(self.residency.total_rank + more)
-        self.residency.move(self.states, self.residency.total_rank + more)
-        assert {digest: self.states.rows(digest) for digest in self.residency.resident} == before
+    @rule()
+    def move(self) -> None:
+        before = self.residency.resident
+        self.states = FakeStates()
+        self.residency.move(self.states)
+        assert self.residency.resident == before
+        assert self.states.count == sum(-(-ADAPTERS[digest].max_rank // 2) for digest in before)
 
     @invariant()
     def nothing_is_shared_lost_or_put_out(self) -> None:
@@ -129,27 +137,29 @@ class ResidencyMachine(RuleBasedStateMachine):
         residents = self.residency.resident
         assert len(set(residents)) == len(residents) <= self.residency.max_loras
         assert self.in_use() <= set(residents)
-        for digest in residents:  # all of its rows are still its own
-            assert len(self.states.rows(digest)) >= ADAPTERS[digest].max_rank
+        for digest in residents:  # all of its tiles are still its own
+            assert len(self.states.tiles(digest)) >= -(-ADAPTERS[digest].max_rank // 2)
         taken = sum(ADAPTERS[digest].max_rank for digest in residents)
         assert self.residency.free_rank == self.residency.total_rank - taken
+        in_tiles = [tile for digest in residents for tile in self.residency._residents[digest].tiles]
+        assert sorted([*in_tiles, *self.residency._free]) == list(range(self.states.count)), "a tile is lost or shared"
 
     @invariant()
     def strengths_are_those_of_the_request(self) -> None:
         for each in getattr(self, "held", ()):
             uses = each.request.adapters
             if not uses:
-                assert each.strengths is None
+                assert each.tiles is None
                 continue
-            assert each.strengths is not None and len(each.strengths) == self.residency.total_rank
-            left = each.strengths.copy()
+            assert each.tiles is not None
+            found = dict(zip(each.tiles.tiles.tolist(), each.tiles.alphas.tolist(), strict=True))
+            assert len(found) == len(each.tiles.tiles)
             for digest in {use.digest for use in uses}:
                 alpha = sum(use.alpha for use in uses if use.digest == digest)
-                rows = self.residency._residents[digest].rows
-                assert set(rows) <= set(self.states.rows(digest))
-                np.testing.assert_array_equal(left[rows], np.float32(alpha))
-                left[rows] = 0
-            assert not left.any()
+                tiles = self.residency._residents[digest].tiles.tolist()
+                assert set(tiles) <= set(self.states.tiles(digest))
+                assert [found.pop(tile) for tile in tiles] == [alpha] * len(tiles)
+            assert not found
 
 
 TestResidency = ResidencyMachine.TestCase
@@ -157,7 +167,7 @@ TestResidency.settings = settings(max_examples=120, stateful_step_count=30, dead
 
 
 def residency(total_rank: int = 8, max_loras: int = 3) -> LoraResidency:
-    return LoraResidency(FakeStates(total_rank), total_rank=total_rank, max_loras=max_loras)
+    return LoraResidency(FakeStates(), total_rank=total_rank, max_loras=max_loras)
 
 
 def test_the_least_recently_used_goes_first() -> None:
@@ -179,12 +189,29 @@ def test_a_resident_is_not_written_again() -> None:
     assert place.loads == 1
 
 
-def test_a_base_sequence_needs_no_rows() -> None:
+def test_a_base_sequence_needs_no_tiles() -> None:
     place = LoraResidency(None, total_rank=0, max_loras=1)
     each = sequence()
     assert place.acquire(each)
     place.release(each)
     assert not place.acquire(sequence(("a", 1.0)))
+
+
+def test_unused_tiles_at_the_end_are_given_back() -> None:
+    place = residency(total_rank=12)
+    states = place._states
+    assert states
+    for digest in ("a", "d", "c"):
+        each = sequence((digest, 1.0))
+        place.acquire(each)
+        place.release(each)
+    assert states.count == 1 + 2 + 2
+    place.name({"d"})
+    place.sweep()
+    assert (place.resident, states.count) == (("d",), 3)
+    place.name(set())
+    place.sweep()
+    assert (place.resident, states.count) == ((), 0)
 
 
 def run(first: list[str], again: list[str], *, max_loras: int, total_rank: int, max_num_seqs: int) -> dict[str, int]:
@@ -216,7 +243,7 @@ def run(first: list[str], again: list[str], *, max_loras: int, total_rank: int, 
         max_model_len=64,
         eos_token_ids=[EOS],
         max_waiting=10_000,
-        residency=LoraResidency(FakeStates(total_rank), total_rank=total_rank, max_loras=max_loras),
+        residency=LoraResidency(FakeStates(), total_rank=total_rank, max_loras=max_loras),
     )
     requests = [request(name, digest) for name, digest in asked]
     for each in requests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +69,7 @@ class Toy:
         """Give v and head for x [T, 4]; the rows named in `uses` use these tiles."""
         spans = [RowSpan(row, 1, use) for row, use in uses.items()]
         plan = plan_tiles(spans, num_rows=len(x), num_tiles=self.states.count)
-        feeds = {"x": x[:, None]}
+        feeds: dict[str, npt.NDArray[Any]] = {"x": x[:, None]}
         for names in (self.layout.rows, self.layout.head_rows):
             if names is None:
                 continue
