@@ -12,8 +12,8 @@ from pathlib import Path
 from ovms_lora.adapters.adapter import BaseLinears, inspect_adapter, load_adapter
 from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError, UsageError
 from ovms_lora.engine.chat import ChatTemplate
-from ovms_lora.engine.model import read_generation_defaults, read_max_model_len, read_options
 from ovms_lora.engine.graph_source import GraphSource
+from ovms_lora.engine.model import read_generation_defaults, read_max_model_len, read_options
 from ovms_lora.engine.tokenizer import Tokenizer
 from ovms_lora.server.model_source import ConfigFile, ModelSpec
 

@@ -79,8 +79,8 @@ class _BoundRows:
         if now == self._last:
             return
         self._last = now
-        plan = plan_tiles(spans, num_rows=begin, num_tiles=num_tiles)
-        assert self._names.sums or not len(plan.sum_rows), "a graph without sums takes rows with one tile"
+        plan = plan_tiles(spans, num_rows=begin, num_tiles=num_tiles, may_be_empty=self._names.form.zero_row)
+        assert self._names.form.sums or not len(plan.sum_rows), "a graph without sums takes rows with one tile"
         self._set_plan(plan)
 
     def _set_plan(self, plan: TilePlan) -> None:
@@ -89,7 +89,7 @@ class _BoundRows:
         self._set_input(names.alpha, plan.alpha, np.float32)
         for chunks in names.chunks:
             self._set_input(names.place(chunks), plan.place(chunks), np.int32)
-        if names.sums:
+        if names.form.sums:
             self._set_input(names.sum_rows, plan.sum_rows, np.int32)
             self._set_input(names.sum_alpha, plan.sum_alpha, np.float32)
             for chunks in names.chunks:

@@ -6,6 +6,7 @@ Knows the folder, the device and what is to be in the graph; runs nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,6 @@ class GraphSource:
         self._head = next((linear.path for linear in linears if linear.node.get_friendly_name() == head), "")
         shapes = {linear.path: LinearShape(linear.out_features, linear.in_features) for linear in linears}
         self.linears = BaseLinears(shapes, self._head or None)
-        self._zero_row: bool | None = None
 
     @property
     def inference_dtype(self) -> str:
@@ -84,7 +84,7 @@ class GraphSource:
         groups = group_linears(find_linears(model))
         layout = None
         if lora and lora.paths:
-            form = LoraForm(lora.width, lora.dtype, sums=lora.sums, zero_row=self._needs_zero_row())
+            form = LoraForm(lora.width, lora.dtype, sums=lora.sums, zero_row=self._needs_zero_row)
             layout = insert_lora(model, groups, lora.paths, form, head=self._head)
         model.validate_nodes_and_infer_types()
         compiled = self._compiled(model)
@@ -100,13 +100,13 @@ class GraphSource:
             message = f"{self._folder} does not compile for {device}: {str(error).strip().splitlines()[-1]}"
             raise ModelFolderError(message, hint="check device and plugin_config") from error
 
+    @cached_property
     def _needs_zero_row(self) -> bool:
-        """Whether the device's Gather gives something else than zeros for an index past the end."""
-        if self._zero_row is None:
-            data = ops.parameter([-1, 64], np.float32)
-            index = ops.parameter([-1], np.int32)
-            model = ov.Model([ops.result(ops.gather(data, index, ops.constant(np.int64(0))))], [data, index])
-            found = self._compiled(model).create_infer_request()
-            answer = found.infer([np.ones((2, 64), np.float32), np.array([2, 7], np.int32)])
-            self._zero_row = bool(np.any(answer[0]))
-        return self._zero_row
+        """Whether a graph with LoRA runs steps without adapters, or Gather gives no zeros for an index past the end."""
+        if not self.affords_plain:
+            return True
+        data, index = ops.parameter([-1, 64], np.float32), ops.parameter([-1], np.int32)
+        model = ov.Model([ops.result(ops.gather(data, index, ops.constant(np.int64(0))))], [data, index])
+        request = self._compiled(model).create_infer_request()
+        found = request.infer([np.ones((2, 64), np.float32), np.array([2, 7], np.int32)])
+        return bool(np.any(found[0]))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import openvino as ov
@@ -37,12 +37,26 @@ _MAX_CHUNKS = 16  # for linears of more awkward widths than these, each has its 
 
 
 @dataclass(frozen=True, slots=True)
+class LoraForm:
+    """How the part is built: tiles of `width` rank rows, states of `dtype` ("f32" or "bf16").
+
+    `sums` lets a row use several tiles. `zero_row` puts a row of zeros behind d. Without it an index past the end has
+    to give zeros, as it does on the CPU device as long as d is not empty; and every step has to use some tile.
+    """
+
+    width: int
+    dtype: str
+    sums: bool = True
+    zero_row: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RowInputs:
     """The names of the inputs that say which rows use which tiles."""
 
     prefix: str
     chunks: tuple[int, ...]
-    sums: bool
+    form: LoraForm
 
     @property
     def tile_rows(self) -> str:
@@ -96,13 +110,12 @@ class LoraSlotGroup:
 
 @dataclass(frozen=True, slots=True)
 class LoraLayout:
-    """What was inserted: tiles of `width` rank rows, states of `dtype` ("f32" or "bf16"), and the groups.
+    """What was inserted: its form, the groups, and the inputs that say which rows use what.
 
     `rows` are the inputs of all layers but the one that makes logits, `head_rows` that one's; None without such layers.
     """
 
-    width: int
-    dtype: str
+    form: LoraForm
     groups: tuple[LoraSlotGroup, ...]
     rows: RowInputs | None
     head_rows: RowInputs | None
@@ -111,20 +124,6 @@ class LoraLayout:
     def paths(self) -> frozenset[str]:
         """The linears that can take a LoRA."""
         return frozenset(path for group in self.groups for path in group.paths)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraForm:
-    """How the part is built.
-
-    `sums` lets a row use several tiles. `zero_row` puts a row of zeros behind d, for devices whose Gather does not give
-    zeros for an index past the end.
-    """
-
-    width: int
-    dtype: str
-    sums: bool = True
-    zero_row: bool = False
 
 
 class _Parameters:
@@ -144,14 +143,14 @@ class _Parameters:
 class _RowNodes:
     """The inputs of one set of rows, in the forms that groups need."""
 
-    def __init__(self, prefix: str, parameters: _Parameters, *, sums: bool) -> None:
-        self._names = RowInputs(prefix, (), sums)
+    def __init__(self, prefix: str, parameters: _Parameters, form: LoraForm) -> None:
+        self._names = RowInputs(prefix, (), form)
         self._parameters = parameters
         self._tile_rows: dict[int, ov.Node] = {}
         self._chunks: set[int] = set()
 
     def names(self) -> RowInputs:
-        return RowInputs(self._names.prefix, tuple(sorted(self._chunks)), self._names.sums)
+        return replace(self._names, chunks=tuple(sorted(self._chunks)))
 
     def tile_rows(self, linears: int) -> ov.Node:
         """Give tile_rows once for each linear: [m1, linears·S, m2]."""
@@ -166,7 +165,7 @@ class _RowNodes:
         get, names = self._parameters.get, self._names
         place, alpha = get(names.place(chunks), [-1, chunks], np.int32), get(names.alpha, [-1, 1, 1], np.float32)
         result = opset13.add(y, _part(d, place, alpha, chunks))
-        if names.sums:
+        if names.form.sums:
             place = get(names.sum_place(chunks), [-1, chunks], np.int32)
             alpha = get(names.sum_alpha, [-1, 1, 1], np.float32)
             more = _part(d, place, alpha, chunks)
@@ -185,7 +184,7 @@ class _Insertion:
         self._empty = self._typed(self._parameters.get(EMPTY, [-1, 1, 1], np.float32))
 
     def row_nodes(self, prefix: str) -> _RowNodes:
-        return _RowNodes(prefix, self._parameters, sums=self._form.sums)
+        return _RowNodes(prefix, self._parameters, self._form)
 
     def add(self, carrier: Carrier, rows: _RowNodes) -> LoraSlotGroup:
         """Add the LoRA of a carrier's linears."""
@@ -248,8 +247,7 @@ def insert_lora(
             used.add(HEAD_ROWS if of_head else ROWS)
     insertion.finish()
     return LoraLayout(
-        form.width,
-        form.dtype,
+        form,
         tuple(slots),
         inner.names() if ROWS in used else None,
         last.names() if HEAD_ROWS in used else None,

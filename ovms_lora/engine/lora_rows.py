@@ -64,8 +64,11 @@ class TilePlan:
         return places
 
 
-def plan_tiles(spans: Sequence[RowSpan], *, num_rows: int, num_tiles: int) -> TilePlan:
-    """Place the rows of the spans in the tiles that they use; the other rows use nothing."""
+def plan_tiles(spans: Sequence[RowSpan], *, num_rows: int, num_tiles: int, may_be_empty: bool) -> TilePlan:
+    """Place the rows of the spans in the tiles that they use; the other rows use nothing.
+
+    Without `may_be_empty` there are positions even when no row uses a tile; nothing reads what is computed there.
+    """
     if not spans:
         rows = tiles = np.zeros(0, np.int32)
         alphas, first = np.zeros(0, np.float32), np.zeros(0, bool)
@@ -75,7 +78,7 @@ def plan_tiles(spans: Sequence[RowSpan], *, num_rows: int, num_tiles: int) -> Ti
         alphas = np.concatenate([np.tile(span.use.alphas, span.count) for span in spans])
         first = np.concatenate([np.tile(np.arange(len(s.use.tiles)) == 0, s.count) for s in spans])
     counts = np.bincount(tiles, minlength=num_tiles)
-    most = int(counts.max(initial=0))
+    most = max(int(counts.max(initial=0)), 0 if may_be_empty else 1)
     order = np.argsort(tiles, kind="stable")
     turn = np.empty(len(tiles), np.int64)
     turn[order] = np.arange(len(tiles)) - (np.cumsum(counts) - counts)[tiles[order]]

@@ -30,7 +30,7 @@ class LoraStates:
         self.layout = layout
         self.count = 0
         self._request = request
-        self._dtype = host_dtype(layout.dtype)
+        self._dtype = host_dtype(layout.form.dtype)
         self._states = {state.name: state for state in request.query_state()}
         # A device in the process's own memory gives its tensor, others a copy that has to be set again.
         self._copies = False
@@ -40,7 +40,7 @@ class LoraStates:
     @property
     def width(self) -> int:
         """The rank rows of a tile."""
-        return self.layout.width
+        return self.layout.form.width
 
     def resize(self, count: int) -> None:
         """Have this many tiles: those that stay keep their content, new ones are zero."""
@@ -101,7 +101,7 @@ class LoraStates:
         return self._view(tensor).reshape(parts, self.count, rows, columns)
 
     def _tensor(self, shape: list[int]) -> ov.Tensor:
-        tensor = ov.Tensor(ov.Type.f32 if self.layout.dtype == "f32" else ov.Type.bf16, ov.Shape(shape))
+        tensor = ov.Tensor(ov.Type.f32 if self.layout.form.dtype == "f32" else ov.Type.bf16, ov.Shape(shape))
         self._view(tensor)[...] = 0
         return tensor
 

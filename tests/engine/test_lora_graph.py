@@ -78,7 +78,7 @@ def test_only_targeted_layers_change(targets: tuple[str, ...]) -> None:
 def test_without_rows_nothing_changes_whatever_the_states_hold() -> None:
     plain = openvino_core().compile_model(toy_model(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     result = plain.create_infer_request().infer({"x": X[:, None]})
-    for made in (filled(), toy(tiles=0)):
+    for made in (filled(), filled(zero_row=True), toy(tiles=0, zero_row=True)):
         found = made.run(X, {})
         for index in range(2):
             np.testing.assert_array_equal(found[index], result[index][:, 0])

@@ -49,7 +49,7 @@ def test_an_adapter_stands_in_its_tiles_scaled(made: Toy) -> None:
     made.states.write(tiles, some)
     for path, pair in some.layers.items():
         a, b = pair_of(made, path)
-        rough = 0 if made.layout.dtype == "f32" else 2.0**-8
+        rough = 0 if made.layout.form.dtype == "f32" else 2.0**-8
         found_a = np.concatenate([a[tile].T for tile in tiles])
         found_b = np.concatenate([b[tile] for tile in tiles])
         np.testing.assert_allclose(found_a[: pair.rank], pair.a, rtol=rough)
@@ -74,7 +74,7 @@ def test_nothing_is_left_of_who_stood_there_before(made: Toy) -> None:
     made.states.write(tiles, adapter(dict.fromkeys(SHAPES, 3), seed=1))
     some = adapter({"m.v": 1, "m.o": 2}, seed=2)
     made.states.write(tiles, some)
-    fresh = toy(dtype=made.layout.dtype)
+    fresh = toy(dtype=made.layout.form.dtype)
     fresh.states.write(tiles, some)
     assert same(content(made), content(fresh))
 

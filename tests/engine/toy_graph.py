@@ -68,14 +68,15 @@ class Toy:
     def run(self, x: Array, uses: Mapping[int, SequenceTiles]) -> list[Array]:
         """Give v and head for x [T, 4]; the rows named in `uses` use these tiles."""
         spans = [RowSpan(row, 1, use) for row, use in uses.items()]
-        plan = plan_tiles(spans, num_rows=len(x), num_tiles=self.states.count)
+        empty = self.layout.form.zero_row
+        plan = plan_tiles(spans, num_rows=len(x), num_tiles=self.states.count, may_be_empty=empty)
         feeds: dict[str, npt.NDArray[Any]] = {"x": x[:, None]}
         for names in (self.layout.rows, self.layout.head_rows):
             if names is None:
                 continue
             feeds |= {names.tile_rows: plan.tile_rows, names.alpha: plan.alpha}
             feeds |= {names.place(chunks): plan.place(chunks) for chunks in names.chunks}
-            if names.sums:
+            if names.form.sums:
                 feeds |= {names.sum_rows: plan.sum_rows, names.sum_alpha: plan.sum_alpha}
                 feeds |= {names.sum_place(chunks): plan.sum_place(chunks) for chunks in names.chunks}
         for name, value in feeds.items():
@@ -135,5 +136,5 @@ def assert_close(found: Sequence[Array], wanted: Sequence[Array], dtype: str = "
 def state(toy: Toy, name: str) -> Array:
     """The content of a state."""
     (found,) = [each for each in toy.request.query_state() if each.name == name]
-    values: Array = found.state.data.view(host_dtype(toy.layout.dtype)).astype(np.float32)
+    values: Array = found.state.data.view(host_dtype(toy.layout.form.dtype)).astype(np.float32)
     return values
