@@ -7,15 +7,15 @@ Does not know: whether what they name exists.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import UsageError
+from ovms_lora.core.flags import FlagParser
 from ovms_lora.export.request import ExportRequest, MergeSource, SourceLoras, WeightFormat
 from ovms_lora.export.source_loras import parse_source_loras, split_strength
 
@@ -30,43 +30,9 @@ examples:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that takes `--a-b` and `--a_b` alike, and raises UsageError where argparse would exit."""
-
-    def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
-        self._spellings: dict[str, str] = {}
-
-    def learn(self, group: argparse._ActionsContainer) -> None:
-        """Know the flags of a parser or group, to accept their other spelling and to suggest them."""
-        for action in group._group_actions if isinstance(group, argparse._ArgumentGroup) else group._actions:
-            for flag in action.option_strings:
-                self._spellings[flag.replace("_", "-")] = flag
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting."""
-        raise UsageError(message, hint=f"{self.prog} --help says more")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse; raises UsageError for a flag that does not exist, with the one that it resembles."""
-        return self.parse_args([self._in_our_spelling(word) for word in argv])
-
-    def _in_our_spelling(self, word: str) -> str:
-        if not word.startswith("--") or " " in word or word == "--":
-            return word
-        flag, equals, value = word.partition("=")
-        known = self._spellings.get(flag.replace("_", "-"))
-        if known is not None:
-            return known + equals + value
-        close = difflib.get_close_matches(flag.replace("_", "-"), self._spellings, n=1)
-        hint = f"did you mean {self._spellings[close[0]]}?" if close else f"{self.prog} --help lists the flags"
-        raise UsageError(f"unknown flag {flag}", hint=hint)
-
-
-def build_parser(prog: str) -> Parser:
+def build_parser(prog: str) -> FlagParser:
     """Build the parser of `export_model.py` and `ovms-lora export`."""
-    parser = Parser(
+    parser = FlagParser(
         prog=prog,
         description="Turn a model into a folder that ovms-lora and OpenVINO Model Server serve.",
         epilog=_EPILOG.format(prog=prog),
@@ -81,7 +47,6 @@ def build_parser(prog: str) -> Parser:
     _add_adapter_flags(task.add_argument_group("adapters"))
     _add_serving_flags(task.add_argument_group("serving (written to graph.pbtxt)"))
     task.add_argument("--verbose", action="store_true", help="show what the libraries print, and tracebacks")
-    parser.learn(task)
     return parser
 
 
@@ -153,7 +118,7 @@ def _add_serving_flags(group: argparse._ArgumentGroup) -> None:
 
 def parse_request(argv: Sequence[str], prog: str) -> tuple[ExportRequest, bool]:
     """Parse the command line into (request, verbose). Raises UsageError; `--help` raises SystemExit."""
-    args = build_parser(prog).parse(argv)
+    args = build_parser(prog).parse_all(argv)
     request = ExportRequest(
         source_model=args.source_model,
         repository=args.model_repository_path,
