@@ -57,6 +57,8 @@ def command_line() -> str:
     text = f"# Command line\n\n{_NOTE}\n\nEvery flag may be written with `_` or with `-`.\n"
     text += _command("ovms-lora serve", cli._serve_parser())
     text += _command("ovms-lora check", cli._check_parser())
+    text += _command("ovms-lora list", cli._list_parser())
+    text += _command("ovms-lora remove", cli._remove_parser())
     text += _command("export_model.py text_generation", tasks.choices["text_generation"])
     return text + "\n`ovms-lora export text_generation` is the same command.\n"
 

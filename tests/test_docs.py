@@ -85,6 +85,10 @@ def check_command(words: list[str]) -> None:
             cli._model_source(cli._serve_parser().parse_all(arguments))
         case [".venv/bin/ovms-lora", "check", *arguments]:
             cli._check_parser().parse_all(arguments)
+        case [".venv/bin/ovms-lora", "list", *arguments]:
+            cli._list_parser().parse_all(arguments)
+        case [".venv/bin/ovms-lora", "remove", *arguments]:
+            cli._remove_parser().parse_all(arguments)
         case ["python3", "-m", "venv", ".venv"]:
             pass
         case [".venv/bin/pip", "install", *arguments]:

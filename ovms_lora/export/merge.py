@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ovms_lora.core.errors import ExportError
 from ovms_lora.export.peft_folder import WEIGHTS, PeftFolder
-from ovms_lora.export.request import WeightFormat
 from ovms_lora.export.source import read_json, tensor_shapes
+from ovms_lora.export.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     import torch

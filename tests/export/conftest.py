@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ovms_lora.export import convert, text_generation
+from ovms_lora.export import compress, convert, text_generation
 from ovms_lora.export.cli import main
 from ovms_lora.export.plan import Plan
 from ovms_lora.export.progress import ExportProgress
+from ovms_lora.export.verify import Expected
 from tests.tiny_llama import build_tiny_adapter, build_tiny_llama
 
 
@@ -97,13 +98,14 @@ def exported(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Work
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the conversion out: what is published is a folder with the files of a model, empty of sense."""
 
-    def convert_quickly(plan: Plan, source: Path, folder: Path, progress: ExportProgress) -> None:
+    def convert_quickly(plan: Plan, source: Path, folder: Path, progress: ExportProgress) -> list[Expected]:
         for name in ("openvino_model.xml", "openvino_model.bin", "tokenizer.json"):
             (folder / name).write_text(f"{name} of {plan.name}")
+        return []
 
     monkeypatch.setattr(text_generation, "_convert", convert_quickly)
-    monkeypatch.setattr(convert, "compress", lambda *_: None)
-    monkeypatch.setattr(convert, "check_ir", lambda *_: None)
+    monkeypatch.setattr(compress, "compress", lambda *_: None)
+    monkeypatch.setattr(convert, "check_ir", lambda *_, **__: None)
 
 
 @pytest.fixture

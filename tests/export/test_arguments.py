@@ -6,12 +6,12 @@ import pytest
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import UsageError
 from ovms_lora.export.arguments import build_parser, parse_request
-from ovms_lora.export.request import ExportRequest, MergeSource, WeightFormat
+from ovms_lora.export.compression import Compression
+from ovms_lora.export.request import ExportRequest, MergeSource
 
 
 def parse(*flags: str) -> ExportRequest:
-    request, _ = parse_request(["text_generation", "--source_model", "org/base", *flags], "export_model.py")
-    return request
+    return parse_request(["text_generation", "--source_model", "org/base", *flags], "export_model.py").request
 
 
 def test_defaults_are_those_of_ovms() -> None:
@@ -19,7 +19,8 @@ def test_defaults_are_those_of_ovms() -> None:
         source_model="org/base",
         repository=Path("models"),
         config_file=Path("config.json"),
-        weight_format=WeightFormat.INT8,
+        weight_format=None,
+        compression=Compression(),
         engine=EngineOptions(device="CPU", max_num_seqs=256, max_num_batched_tokens=256),
     )
 

@@ -14,7 +14,7 @@ from ovms_lora.core.errors import ExportError
 from ovms_lora.export.merge import choose_dtype, fit_vocabulary, load_model, load_tokenizer, merge_adapter
 from ovms_lora.export.peft_folder import find_adapter
 from ovms_lora.export.progress import ExportProgress
-from ovms_lora.export.request import WeightFormat
+from ovms_lora.export.weight_format import WeightFormat
 from tests.export import oracle
 from tests.export.conftest import Sources
 from tests.tiny_llama import build_tiny_llama
