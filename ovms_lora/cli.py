@@ -47,10 +47,10 @@ def _run(arguments: list[str]) -> int:
         return _serve(_serve_parser().parse_all(arguments[1:]))
     if arguments[:1] == ["check"]:
         return _check(_check_parser().parse_all(arguments[1:]))
-    if arguments[:1] == ["list"]:
-        return _list(_list_parser().parse_all(arguments[1:]))
-    if arguments[:1] == ["remove"]:
-        return _remove(_remove_parser().parse_all(arguments[1:]))
+    if arguments[:1] in (["list"], ["remove"]):
+        from ovms_lora.export import repository_cli
+
+        return repository_cli.run(arguments[0], arguments[1:])
     parser = FlagParser(prog="ovms-lora", description="Serve language models with LoRA adapters on OpenVINO.")
     parser.add_argument("--version", action="version", version=f"ovms-lora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -132,41 +132,6 @@ def _check(arguments: argparse.Namespace) -> int:
     from ovms_lora.check import check
 
     for line in check(arguments.path, base=arguments.base):
-        print(line)
-    return 0
-
-
-def _list_parser() -> FlagParser:
-    parser = FlagParser(prog="ovms-lora list", description="Say what a model repository holds.")
-    _add_repository_flags(parser)
-    parser.add("json", action="store_true", help="as JSON, with all that is known")
-    return parser
-
-
-def _remove_parser() -> FlagParser:
-    parser = FlagParser(prog="ovms-lora remove", description="Take an exported model out of config.json and off disk.")
-    parser.add_argument("name", metavar="NAME", help="name of the model; its runtime adapters stay")
-    _add_repository_flags(parser)
-    return parser
-
-
-def _add_repository_flags(parser: FlagParser) -> None:
-    parser.add("model_repository_path", type=Path, default=Path("models"), metavar="DIR", help="default models")
-    parser.add("config_file_path", type=Path, default=Path("config.json"), metavar="FILE", help="default config.json")
-
-
-def _list(arguments: argparse.Namespace) -> int:
-    from ovms_lora.export.repository import describe
-
-    for line in describe(arguments.model_repository_path, arguments.config_file_path, as_json=arguments.json):
-        print(line)
-    return 0
-
-
-def _remove(arguments: argparse.Namespace) -> int:
-    from ovms_lora.export.remove import remove
-
-    for line in remove(arguments.name, arguments.model_repository_path, arguments.config_file_path):
         print(line)
     return 0
 

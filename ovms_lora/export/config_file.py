@@ -72,7 +72,7 @@ def unregister(config_file: Path, name: str, folder: Path) -> dict[str, Any] | N
         return None
     with _locked(config_file):
         document = _read(config_file)
-        items = document[_LIST] if _LIST in document else []
+        items = document.get(_LIST, [])
         item = next((item for item in items if item["config"].get("name") == name), None)
         if item is None:
             return None

@@ -59,11 +59,10 @@ def find_exports(repository: Path, config_file: Path) -> list[Listed]:
     if not repository.is_dir():
         raise ExportError(f"there is no repository {repository}", hint="name it with --model_repository_path")
     entries = {entry.get("name"): entry for entry in read_entries(config_file)}
-    found = []
-    for path in sorted(repository.rglob(MANIFEST_NAME)):
-        if HIDDEN not in path.relative_to(repository).parts and (manifest := read_manifest(path.parent)):
-            found.append(Listed(path.parent, manifest, entries.get(manifest.name)))
-    return found
+    paths = sorted(repository.rglob(MANIFEST_NAME))
+    folders = [path.parent for path in paths if HIDDEN not in path.relative_to(repository).parts]
+    manifests = [(folder, read_manifest(folder)) for folder in folders]
+    return [Listed(folder, manifest, entries.get(manifest.name)) for folder, manifest in manifests if manifest]
 
 
 def describe(repository: Path, config_file: Path, *, as_json: bool) -> Iterator[str]:
@@ -87,9 +86,14 @@ def _row(export: Listed) -> tuple[str, ...]:
         export.manifest.name,
         recipe.weight_format,
         f"{export.size / 1e6:.1f} MB",
-        recipe.source.source,
-        ", ".join(f"{adapter.source}={adapter.weight:g}" for adapter in recipe.adapters) or "-",
+        _short(recipe.source.source),
+        ", ".join(f"{_short(adapter.source)}={adapter.weight:g}" for adapter in recipe.adapters) or "-",
         ", ".join(item["alias"] for item in beside) or "-",
         f"{drift.mean_kl:.2g}" if drift else "-",
         export.status,
     )
+
+
+def _short(source: str) -> str:
+    """Return a hub id or a relative path as it is, and the last part of an absolute path."""
+    return Path(source).name if Path(source).is_absolute() else source
