@@ -126,4 +126,4 @@ def _dataset(text: str) -> Path:
 
 def _error(message: str, hint: str) -> UsageError:
     flags = " ".join(f"--{field.name.replace('_', '-')}" for field in fields(Compression))
-    return UsageError(f"{_FLAG}: {message}", hint=hint if "lists the flags" not in hint else f"known are {flags}")
+    return UsageError(f"{_FLAG}: {message}", hint=f"known are {flags}" if "--help" in hint else hint)

@@ -77,15 +77,18 @@ def workshop(tmp_path: Path) -> Workshop:
 
 @pytest.fixture(scope="session")
 def exported(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Real exports: `base` in fp32 with runtime adapters, `small` in int8, `rounded` in bf16, `merged` in fp32."""
+    """Real exports: `base` in fp32 with runtime adapters, `small` in int8, `rounded` in bf16, `merged` in fp32.
+
+    `small` and `merged` are verified.
+    """
     workshop = Workshop(tmp_path_factory.mktemp("exported"))
     loras = f"sql={sources.sql},tools={sources.tools}:0.5,mix=@sql:0.7+@tools"
     exports = (
         ("--model_name", "base", "--weight-format", "fp32", "--source_loras", loras),
-        ("--model_name", "small"),
+        ("--model_name", "small", "--verify"),
         ("--model_name", "rounded", "--weight-format", "bf16"),
         (
-            *("--model_name", "merged", "--weight-format", "fp32"),
+            *("--model_name", "merged", "--weight-format", "fp32", "--verify"),
             *("--adapter", f"{sources.sql}=0.5", "--adapter", str(sources.tools)),
         ),
     )
