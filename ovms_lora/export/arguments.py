@@ -18,7 +18,7 @@ from typing import Any, Final
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import UsageError
 from ovms_lora.core.flags import FlagParser
-from ovms_lora.export.compression import Compression, parse_compression
+from ovms_lora.export.compression import default_format, parse_compression
 from ovms_lora.export.request import ExportRequest, MergeSource, SourceLoras
 from ovms_lora.export.source_loras import parse_source_loras, split_strength
 from ovms_lora.export.weight_format import WeightFormat
@@ -174,14 +174,14 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 def parse_request(argv: Sequence[str], prog: str) -> CommandLine:
     """Parse the command line. Raises UsageError; `--help` raises SystemExit."""
     args = build_parser(prog).parse_all(_joined(argv))
-    weight_format, compression = _weights(args)
+    _check_weights(args)
     request = ExportRequest(
         source_model=args.source_model,
         repository=args.model_repository_path,
         model_name=args.model_name,
         config_file=args.config_file_path,
-        weight_format=weight_format,
-        compression=compression,
+        weight_format=args.weight_format,
+        compression=args.extra_quantization_params,
         adapters=tuple(args.adapter),
         tokenizer=args.tokenizer,
         loras=args.source_loras,
@@ -203,18 +203,13 @@ def _joined(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _weights(args: argparse.Namespace) -> tuple[WeightFormat | None, Compression]:
-    """Return format and compression; for an NPU they are int4 with one scale per channel, as in OVMS."""
-    weight_format: WeightFormat | None = args.weight_format
-    compression: Compression | None = args.extra_quantization_params
-    if args.target_device.startswith("NPU"):
-        if weight_format not in (None, WeightFormat.INT4):
-            raise UsageError(f"an NPU runs int4 weights, not {weight_format}", hint="leave --weight-format out")
-        weight_format = WeightFormat.INT4
-        compression = compression or Compression(sym=True, ratio=1.0, group_size=-1)
-    compression = compression or Compression()
-    compression.check(weight_format or WeightFormat.INT8)
-    return weight_format, compression
+def _check_weights(args: argparse.Namespace) -> None:
+    """Raise UsageError for a format and a compression that do not go together, or not with the device."""
+    weight_format = args.weight_format or default_format(args.target_device)
+    if args.target_device.startswith("NPU") and weight_format is not WeightFormat.INT4:
+        raise UsageError(f"an NPU runs int4 weights, not {weight_format}", hint="leave --weight-format out")
+    if args.extra_quantization_params is not None:
+        args.extra_quantization_params.check(weight_format)
 
 
 def _engine_options(args: argparse.Namespace) -> EngineOptions:

@@ -71,6 +71,16 @@ class Compression:
             raise _error("--dataset is used by nothing", "add --awq, --scale-estimation, --gptq or a --ratio below 1")
 
 
+def default_format(device: str) -> WeightFormat:
+    """Return the weight format where none is given."""
+    return WeightFormat.INT4 if device.startswith("NPU") else WeightFormat.INT8
+
+
+def default_compression(device: str) -> Compression:
+    """Return the compression where none is given: an NPU takes one scale for each channel only, as in OVMS."""
+    return Compression(sym=True, ratio=1.0, group_size=-1) if device.startswith("NPU") else Compression()
+
+
 def parse_compression(text: str) -> Compression:
     """Parse the value of `--extra_quantization_params`. Raises UsageError naming what is wrong."""
     try:

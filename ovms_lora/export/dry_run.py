@@ -73,5 +73,5 @@ def _work(plan: Plan) -> Iterator[str]:
 
 
 def _options(plan: Plan) -> str:
-    chosen = ", ".join(f"{name} {value}" for name, value in plan.request.compression.chosen.items())
+    chosen = ", ".join(f"{name} {value}" for name, value in plan.compression.chosen.items())
     return f" ({chosen})" if chosen else ""

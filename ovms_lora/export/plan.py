@@ -12,6 +12,7 @@ from typing import Final
 
 from ovms_lora.core.errors import ConfigError, ExportError, UsageError
 from ovms_lora.core.names import check_model_name
+from ovms_lora.export.compression import Compression, default_compression, default_format
 from ovms_lora.export.config_file import Registration, check_registration
 from ovms_lora.export.digests import file_digest, files_digest
 from ovms_lora.export.loras import FOLDER as LORAS
@@ -46,6 +47,7 @@ class Plan:
     loras: tuple[RuntimeAdapter, ...]
     tokenizer: Path | None
     weight_format: WeightFormat
+    compression: Compression
     recipe: Recipe
 
     @property
@@ -80,8 +82,9 @@ def make_plan(request: ExportRequest, progress: ExportProgress) -> Plan:
             shapes = tensor_shapes(source.weight_files)
             for adapter in adapters:
                 check_fits(adapter, shapes, resized=tokenizer is not None)
-    recipe = _recipe(request, source, weight_format, adapters, tokenizer, progress)
-    return Plan(request, name, source, adapters, loras, tokenizer, weight_format, recipe)
+    compression = _compression(request, source)
+    recipe = _recipe(request, source, weight_format, compression, adapters, tokenizer, progress)
+    return Plan(request, name, source, adapters, loras, tokenizer, weight_format, compression, recipe)
 
 
 def present(plan: Plan) -> Manifest | None:
@@ -123,7 +126,7 @@ def check_drift(request: ExportRequest, drift: Drift) -> None:
 def _weight_format(request: ExportRequest, source: Source) -> WeightFormat:
     """Return how the weights will be stored; what an OpenVINO model cannot be asked for is refused, with the reason."""
     if source.kind is not SourceKind.OPENVINO:
-        return request.weight_format or WeightFormat.INT8
+        return request.weight_format or default_format(request.engine.device)
     stored = stored_format(source.path)
     what = f"{request.source_model} is an OpenVINO model, which is registered as it is"
     if request.adapters:
@@ -136,10 +139,16 @@ def _weight_format(request: ExportRequest, source: Source) -> WeightFormat:
             f"{what}: its weights are {stored}, not {request.weight_format}",
             hint=f"leave --weight-format out, or export the PyTorch model to {request.weight_format}",
         )
-    if request.compression.chosen or request.verify:
+    if request.compression is not None or request.verify:
         flag = "--verify" if request.verify else "--extra_quantization_params"
         raise UsageError(f"{what}: {flag} needs the PyTorch model", hint=f"leave {flag} out")
     return stored
+
+
+def _compression(request: ExportRequest, source: Source) -> Compression:
+    if source.kind is SourceKind.OPENVINO:
+        return Compression()
+    return request.compression or default_compression(request.engine.device)
 
 
 def _sources(request: ExportRequest) -> str:
@@ -195,6 +204,7 @@ def _recipe(
     request: ExportRequest,
     source: Source,
     weight_format: WeightFormat,
+    compression: Compression,
     adapters: tuple[PeftFolder, ...],
     tokenizer: Path | None,
     progress: ExportProgress,
@@ -204,8 +214,8 @@ def _recipe(
     return Recipe(
         source=record,
         weight_format=weight_format,
-        compression={name: value for name, value in request.compression.chosen.items() if name != "dataset"},
-        calibration=_calibration_record(request.compression.dataset),
+        compression={name: value for name, value in compression.chosen.items() if name != "dataset"},
+        calibration=_calibration_record(compression.dataset),
         adapters=tuple(MergedAdapter(source=a.given, digest=a.digest, weight=a.weight) for a in adapters),
         tokenizer=_tokenizer_record(request, tokenizer),
         engine=asdict(request.engine),

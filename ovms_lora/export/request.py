@@ -42,7 +42,8 @@ class SourceLoras:
 class ExportRequest:
     """One `text_generation` export; paths are relative to the cwd.
 
-    `model_name` None takes the source's name. `weight_format` None takes int8, or what an OpenVINO model has.
+    `model_name` None takes the source's name. `weight_format` None takes what an OpenVINO model has, else what the
+    device takes; `compression` None what goes with the device.
     `max_drift` is the largest mean KL divergence that `verify` lets pass, in nats; None lets any pass.
     """
 
@@ -51,7 +52,7 @@ class ExportRequest:
     model_name: str | None = None
     config_file: Path = Path("config.json")
     weight_format: WeightFormat | None = None
-    compression: Compression = field(default_factory=Compression)
+    compression: Compression | None = None
     adapters: tuple[MergeSource, ...] = ()
     tokenizer: str | None = None
     loras: SourceLoras = field(default_factory=SourceLoras)

@@ -87,13 +87,15 @@ def _meminfo() -> int | None:
 
 
 def _cgroup_room() -> int | None:
+    names = ("memory.max", "memory.current", "memory.stat")
     try:
-        limit, used = (
-            (_CGROUP / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current")
-        )
+        limit, used, statistics = ((_CGROUP / name).read_text(encoding="ascii").strip() for name in names)
     except OSError:
         return None
-    return max(0, int(limit) - int(used)) if limit != "max" else None
+    if limit == "max":
+        return None
+    files = dict(line.split() for line in statistics.splitlines())["file"]  # cached, and given up when needed
+    return max(0, int(limit) - int(used) + int(files))
 
 
 def _weights(plan: Plan) -> int:

@@ -82,7 +82,7 @@ def _export(plan: Plan, folder: Path, work: Path, progress: ExportProgress) -> D
     expected = _convert(plan, _hf_folder(plan, work, progress), folder, progress)
     if plan.weight_format.compressed:
         with progress.step("compress", f"weights to {plan.weight_format}"), progress.silence():
-            compress.compress(folder, work, plan.weight_format, request.compression)
+            compress.compress(folder, work, plan.weight_format, plan.compression)
     if not request.verify:
         return None
     with progress.step("verify", "the exported model against the PyTorch model"), progress.silence():

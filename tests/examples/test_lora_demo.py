@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,8 @@ def test_the_demo_merges_serves_and_compares(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len([line for line in lines if line.startswith("$ ")]) == 5
-    (_, base), (_, merged) = (
-        line.split(": ", 1) for line in lines if line.startswith(("base_model: ", "merged_model: "))
-    )
-    assert base != merged
+    steps, base, merged = re.split(r"^(?:base|merged)_model: ", done.stdout, flags=re.MULTILINE)
+    assert len(re.findall(r"^\$ ", steps, re.MULTILINE)) == 5
+    assert base.strip() != merged.strip()
     graph = parse_graph((tmp_path / "models" / "gpu" / "merged_model" / "graph.pbtxt").read_text())
     assert (graph.options.device, graph.options.plugin_config) == ("GPU", {"KV_CACHE_PRECISION": "u8"})

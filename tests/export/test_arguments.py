@@ -6,7 +6,6 @@ import pytest
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import UsageError
 from ovms_lora.export.arguments import build_parser, parse_request
-from ovms_lora.export.compression import Compression
 from ovms_lora.export.request import ExportRequest, MergeSource
 
 
@@ -20,7 +19,7 @@ def test_defaults_are_those_of_ovms() -> None:
         repository=Path("models"),
         config_file=Path("config.json"),
         weight_format=None,
-        compression=Compression(),
+        compression=None,
         engine=EngineOptions(device="CPU", max_num_seqs=256, max_num_batched_tokens=256),
     )
 

@@ -6,7 +6,7 @@ import pytest
 
 from ovms_lora.core.errors import UsageError
 from ovms_lora.export.arguments import parse_request
-from ovms_lora.export.compression import Compression, parse_compression
+from ovms_lora.export.compression import Compression, default_compression, default_format, parse_compression
 from ovms_lora.export.request import ExportRequest
 from ovms_lora.export.weight_format import WeightFormat
 
@@ -92,7 +92,8 @@ def test_what_does_not_go_together_is_refused(weight_format: str, text: str, mes
 
 @pytest.mark.parametrize("text", ["", "--sym", "--sym --group-size -1 --ratio 1.0"])
 def test_int8_may_be_symmetric(text: str) -> None:
-    assert parse("--extra_quantization_params", text).compression.chosen.get("sym", False) is ("--sym" in text)
+    compression = parse("--extra_quantization_params", text).compression
+    assert compression is not None and compression.sym is ("--sym" in text)
 
 
 @pytest.mark.parametrize("words", [["--extra_quantization_params", "--sym"], ["--extra-quantization-params=--sym"]])
@@ -102,8 +103,9 @@ def test_a_value_of_one_flag_is_still_a_value(words: list[str]) -> None:
 
 def test_an_npu_takes_int4_with_one_scale_for_each_channel_as_in_ovms() -> None:
     request = parse("--target_device", "NPU")
-    assert request.weight_format is WeightFormat.INT4
-    assert request.compression == Compression(sym=True, ratio=1.0, group_size=-1)
+    assert (request.weight_format, request.compression) == (None, None)
+    assert default_format("NPU") is WeightFormat.INT4
+    assert default_compression("NPU") == Compression(sym=True, ratio=1.0, group_size=-1)
     request = parse("--target_device", "NPU", "--extra_quantization_params", "--sym --group-size 128")
     assert request.compression == Compression(sym=True, group_size=128)
     with pytest.raises(UsageError, match="an NPU runs int4 weights, not int8"):

@@ -69,6 +69,11 @@ def test_options_of_compression_are_part_of_the_plan(
     assert plan(workshop, capsys, sources.base, *flags)["convert"].endswith("(group_size 32, awq True)")
 
 
+def test_an_npu_gets_what_it_can_run(workshop: Workshop, sources: Sources, capsys: pytest.CaptureFixture[str]) -> None:
+    converted = plan(workshop, capsys, sources.base, "--target_device", "NPU")["convert"]
+    assert converted == "to OpenVINO IR with int4 weights (sym True, group_size -1, ratio 1.0)"
+
+
 def test_an_openvino_model_is_copied(
     workshop: Workshop, exported: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,12 @@ def test_it_takes_its_own_name_and_is_nothing_to_do_the_second_time(
     assert workshop.models == ["ready"]
 
 
+def test_the_defaults_of_a_device_are_not_asked_of_it(workshop: Workshop, ready: Path) -> None:
+    assert workshop.export(ready, "--target_device", "NPU") == 0
+    manifest = read_manifest(workshop.repository / "ready")
+    assert manifest is not None and (manifest.recipe.weight_format, manifest.recipe.compression) == ("int8", {})
+
+
 def test_an_exported_folder_can_be_registered_elsewhere(workshop: Workshop, exported: Workshop) -> None:
     assert workshop.export(exported.repository / "small", "--model_name", "copy") == 0
     manifest = read_manifest(workshop.repository / "copy")
