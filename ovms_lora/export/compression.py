@@ -17,14 +17,14 @@ from ovms_lora.core.flags import FlagParser
 from ovms_lora.export.weight_format import WeightFormat
 
 _FLAG: Final = "--extra_quantization_params"
+_WITHOUT_DATA: Final = "weight_quantization_error"
 _METRICS: Final = (
-    "weight_quantization_error",
+    _WITHOUT_DATA,
     "hessian_input_activation",
     "mean_activation_variance",
     "max_activation_variance",
     "mean_activation_magnitude",
 )
-_DATA_AWARE: Final = ("awq", "scale_estimation", "gptq")
 # What int8 leaves to choose: one scale for each row of weights is all there is.
 _INT8_VALUES: Final[dict[str, tuple[Any, ...]]] = {"sym": (True,), "group_size": (-1,), "ratio": (1.0,)}
 
@@ -58,16 +58,24 @@ class Compression:
     def check(self, weight_format: WeightFormat) -> None:
         """Raise UsageError for what does not go together, or not with the weight format."""
         for name, value in self.chosen.items():
-            flag = f"--{name.replace('_', '-')}"
+            flag = _flag(name) if value is True else f"{_flag(name)} {value}"
             if not weight_format.compressed:
                 raise _error(f"{flag}: {weight_format} weights are not compressed", "add --weight-format int4")
             if weight_format is WeightFormat.INT8 and value not in _INT8_VALUES.get(name, ()):
-                raise _error(f"{flag} {value} is not for int8 weights", "it goes with --weight-format int4")
-        needs = [name.replace("_", "-") for name in ("scale_estimation", "gptq") if getattr(self, name)]
+                raise _error(f"{flag} is not for int8 weights", "it goes with --weight-format int4")
+        mixed = self.ratio is not None and self.ratio < 1
+        if self.sensitivity_metric is not None and not mixed:
+            raise _error("--sensitivity-metric is used by nothing", "add a --ratio below 1")
+        self._check_dataset(mixed=mixed)
+
+    def _check_dataset(self, *, mixed: bool) -> None:
+        by_data = self.sensitivity_metric not in (None, _WITHOUT_DATA)
+        needs = [name for name in ("scale_estimation", "gptq", "num_samples") if getattr(self, name)]
+        needs += ["sensitivity_metric"] if by_data else []
         if needs and self.dataset is None:
-            raise _error(f"--{needs[0]} needs --dataset", "give a text file with one sample on each line")
-        mixed = self.ratio is not None and self.ratio < 1 and self.sensitivity_metric != _METRICS[0]
-        if self.dataset is not None and not mixed and not any(getattr(self, name) for name in _DATA_AWARE):
+            raise _error(f"{_flag(needs[0])} needs --dataset", "give a text file with one sample on each line")
+        used = self.awq or self.scale_estimation or self.gptq or (mixed and self.sensitivity_metric != _WITHOUT_DATA)
+        if self.dataset is not None and not used:
             raise _error("--dataset is used by nothing", "add --awq, --scale-estimation, --gptq or a --ratio below 1")
 
 
@@ -134,6 +142,10 @@ def _dataset(text: str) -> Path:
     return Path(text)
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _error(message: str, hint: str) -> UsageError:
-    flags = " ".join(f"--{field.name.replace('_', '-')}" for field in fields(Compression))
+    flags = " ".join(_flag(field.name) for field in fields(Compression))
     return UsageError(f"{_FLAG}: {message}", hint=f"known are {flags}" if "--help" in hint else hint)

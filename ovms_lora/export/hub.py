@@ -30,11 +30,17 @@ def fetch(hub_id: str, what: str, patterns: tuple[str, ...]) -> Path:
 
 def ask(hub_id: str, what: str, patterns: tuple[str, ...]) -> ToFetch:
     """Ask what fetching would take, and fetch nothing. Raises ExportError."""
-    missing = [file for file in _snapshot(hub_id, what, patterns, dry_run=True) if file.will_download]
+    try:
+        files = _snapshot(hub_id, what, patterns, dry_run=True)
+    except ExportError:
+        # Without a network an export takes what is in the cache, if it is there.
+        _snapshot(hub_id, what, patterns, local_files_only=True)
+        return ToFetch(0, 0)
+    missing = [file for file in files if file.will_download]
     return ToFetch(len(missing), sum(file.file_size for file in missing))
 
 
-def _snapshot(hub_id: str, what: str, patterns: tuple[str, ...], *, dry_run: bool = False) -> Any:
+def _snapshot(hub_id: str, what: str, patterns: tuple[str, ...], **options: bool) -> Any:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -47,9 +53,7 @@ def _snapshot(hub_id: str, what: str, patterns: tuple[str, ...], *, dry_run: boo
 
     expected = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, DryRunError)
     try:
-        return snapshot_download(
-            hub_id, allow_patterns=list(patterns), ignore_patterns=list(_NOT_WANTED), dry_run=dry_run
-        )
+        return snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=list(_NOT_WANTED), **options)
     except (*expected, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(

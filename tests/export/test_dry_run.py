@@ -114,7 +114,7 @@ def test_what_is_on_the_hub_is_asked_for_its_size_and_not_fetched(
 ) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def snapshot(hub_id: str, *, dry_run: bool, **_: Any) -> list[HubFile]:
+    def snapshot(hub_id: str, *, dry_run: bool = False, **_: Any) -> list[HubFile]:
         asked.append((hub_id, dry_run))
         return [HubFile(2 * 10**9, will_download=True), HubFile(5 * 10**8, will_download=True), HubFile(7, False)]
 
@@ -123,3 +123,26 @@ def test_what_is_on_the_hub_is_asked_for_its_size_and_not_fetched(
     assert asked == [("org/base", True)]
     assert lines["fetch"] == "model org/base: 2 files, 2.5 GB"
     assert "once these files are here" in lines["then"]
+
+
+def test_without_a_network_the_cache_is_taken_or_the_lack_is_an_error(
+    workshop: Workshop,
+    sources: Sources,
+    fails: Fails,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    cached = {"org/base": sources.base}
+
+    def snapshot(hub_id: str, *, dry_run: bool = False, **_: Any) -> str:
+        if dry_run:
+            raise OfflineModeIsEnabled("no network")
+        if hub_id not in cached:
+            raise LocalEntryNotFoundError("not in the cache")
+        return str(cached[hub_id])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert plan(workshop, capsys, "org/base")["register"] == f"{workshop.config} adds org/base"
+    assert "no such model from the hub: not in the cache" in fails("org/other", "--dry_run")[0]
