@@ -34,13 +34,13 @@ def ask(hub_id: str, what: str, patterns: tuple[str, ...]) -> ToFetch:
         files = _snapshot(hub_id, what, patterns, dry_run=True)
     except ExportError:
         # Without a network an export takes what is in the cache, if it is there.
-        _snapshot(hub_id, what, patterns, local_files_only=True)
+        _snapshot(hub_id, what, patterns, cached=True)
         return ToFetch(0, 0)
     missing = [file for file in files if file.will_download]
     return ToFetch(len(missing), sum(file.file_size for file in missing))
 
 
-def _snapshot(hub_id: str, what: str, patterns: tuple[str, ...], **options: bool) -> Any:
+def _snapshot(hub_id: str, what: str, patterns: tuple[str, ...], *, dry_run: bool = False, cached: bool = False) -> Any:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -53,7 +53,13 @@ def _snapshot(hub_id: str, what: str, patterns: tuple[str, ...], **options: bool
 
     expected = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, DryRunError)
     try:
-        return snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=list(_NOT_WANTED), **options)
+        return snapshot_download(
+            hub_id,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(_NOT_WANTED),
+            dry_run=dry_run,
+            local_files_only=cached,
+        )
     except (*expected, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(
