@@ -23,6 +23,7 @@ from ovms_lora.core.config import ServerConfig
 from ovms_lora.core.errors import EngineError, QueueFullError
 from ovms_lora.engine.engine import EngineStats
 from ovms_lora.engine.lora_runtime import AdapterCard, LoraConfig
+from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import build_parser
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.registry import ModelRegistry
@@ -57,6 +58,8 @@ def command_line() -> str:
     text = f"# Command line\n\n{_NOTE}\n\nEvery flag may be written with `_` or with `-`.\n"
     text += _command("ovms-lora serve", cli._serve_parser())
     text += _command("ovms-lora check", cli._check_parser())
+    text += _command("ovms-lora list", repository_cli.list_parser())
+    text += _command("ovms-lora remove", repository_cli.remove_parser())
     text += _command("export_model.py text_generation", tasks.choices["text_generation"])
     return text + "\n`ovms-lora export text_generation` is the same command.\n"
 

@@ -6,17 +6,16 @@ Owns flags, exit codes and how errors look: `error:` and `hint:` on stderr; 0 is
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ovms_lora import __version__
 from ovms_lora.core.errors import ConfigError, OvmsLoraError, UsageError
+from ovms_lora.core.flags import FlagParser
 
 if TYPE_CHECKING:
     from ovms_lora.server.model_source import LoraDefaults, LoraModule, ModelSource
@@ -24,41 +23,6 @@ if TYPE_CHECKING:
 
 _LOG_LEVELS = {"error": "error", "warning": "warning", "info": "info", "debug": "debug", "trace": "debug"}
 _ON_OFF = {"true": True, "false": False}
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with both spellings of a flag, and errors that say what was meant."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
-    def add(self, name: str, **settings: Any) -> None:
-        """Add a flag; `--a_b` is accepted as `--a-b` too."""
-        self.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **settings)
-
-    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse. Raises UsageError for what is not known."""
-        values, unknown = self.parse_known_args(arguments)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            kind = "flag" if flag.startswith("-") else "argument"
-            raise UsageError(f"unknown {kind} {flag}", hint=self._hint(flag))
-        return values
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UsageError, with what the wrong choice may have meant."""
-        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        known = re.findall(r"[\w-]+", choice[2]) if choice else []
-        raise UsageError(message, hint=_did_you_mean(choice[1], known) if choice else None)
-
-    def _hint(self, flag: str) -> str:
-        flags = [option for action in self._actions for option in action.option_strings]
-        return _did_you_mean(flag, flags) or f"{self.prog} --help lists the flags"
-
-
-def _did_you_mean(given: str, known: Iterable[str]) -> str | None:
-    near = difflib.get_close_matches(given, list(known), n=1)
-    return f"did you mean {near[0]}?" if near else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,18 +47,24 @@ def _run(arguments: list[str]) -> int:
         return _serve(_serve_parser().parse_all(arguments[1:]))
     if arguments[:1] == ["check"]:
         return _check(_check_parser().parse_all(arguments[1:]))
-    parser = _Parser(prog="ovms-lora", description="Serve language models with LoRA adapters on OpenVINO.")
+    if arguments[:1] in (["list"], ["remove"]):
+        from ovms_lora.export import repository_cli
+
+        return repository_cli.run(arguments[0], arguments[1:])
+    parser = FlagParser(prog="ovms-lora", description="Serve language models with LoRA adapters on OpenVINO.")
     parser.add_argument("--version", action="version", version=f"ovms-lora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("serve", help="answer requests over HTTP")
     commands.add_parser("export", help="make a model folder from a model and adapters")
     commands.add_parser("check", help="say whether a model, an adapter or a config.json can be served")
+    commands.add_parser("list", help="say what a model repository holds")
+    commands.add_parser("remove", help="take an exported model out of config.json and off the disk")
     parser.parse_all(arguments)
     return 0
 
 
-def _serve_parser() -> _Parser:
-    parser = _Parser(prog="ovms-lora serve", description="Answer requests over HTTP.")
+def _serve_parser() -> FlagParser:
+    parser = FlagParser(prog="ovms-lora serve", description="Answer requests over HTTP.")
     parser.add("config_path", type=Path, metavar="FILE", help="config.json with the models to serve")
     parser.add("model_path", type=Path, metavar="DIR", help="folder of the one model to serve")
     parser.add("model_name", metavar="NAME", help="name of the one model (default: the folder's name)")
@@ -118,7 +88,7 @@ def _serve_parser() -> _Parser:
     return parser
 
 
-def _add_lora_flags(parser: _Parser) -> None:
+def _add_lora_flags(parser: FlagParser) -> None:
     """Add vLLM's flags; they hold for `--model_path`, or where an entry of `--config_path` says nothing else."""
     parser.add("enable_lora", action="store_true", help="let every model take runtime adapters")
     numbers = (
@@ -151,8 +121,8 @@ def _add_lora_flags(parser: _Parser) -> None:
     parser.add("admin_key_file", type=Path, metavar="FILE", help="keys for that (or the environment's ADMIN_API_KEY)")
 
 
-def _check_parser() -> _Parser:
-    parser = _Parser(prog="ovms-lora check", description="Say whether something can be served, and what is wrong.")
+def _check_parser() -> FlagParser:
+    parser = FlagParser(prog="ovms-lora check", description="Say whether something can be served, and what is wrong.")
     parser.add_argument("path", type=Path, metavar="PATH", help="a model folder, an adapter folder or a config.json")
     parser.add("base", type=Path, metavar="DIR", help="model folder to check an adapter against")
     return parser

@@ -19,6 +19,7 @@ import pytest
 
 from ovms_lora import cli
 from ovms_lora.core.config import parse_server_config, read_server_config
+from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import parse_request
 from ovms_lora.server import v1_fields, v3_fields
 from ovms_lora.server.app import build_app
@@ -85,6 +86,10 @@ def check_command(words: list[str]) -> None:
             cli._model_source(cli._serve_parser().parse_all(arguments))
         case [".venv/bin/ovms-lora", "check", *arguments]:
             cli._check_parser().parse_all(arguments)
+        case [".venv/bin/ovms-lora", "list", *arguments]:
+            repository_cli.list_parser().parse_all(arguments)
+        case [".venv/bin/ovms-lora", "remove", *arguments]:
+            repository_cli.remove_parser().parse_all(arguments)
         case ["python3", "-m", "venv", ".venv"]:
             pass
         case [".venv/bin/pip", "install", *arguments]:

@@ -25,7 +25,7 @@ def build_tiny_llama(folder: Path, *, seed: int = 0, hidden: int = HIDDEN, tied:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size, bos, eos = _write_tokenizer(folder)
+    vocab_size, bos, eos = write_tokenizer(folder)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -47,8 +47,8 @@ def build_tiny_llama(folder: Path, *, seed: int = 0, hidden: int = HIDDEN, tied:
     model.save_pretrained(folder)
 
 
-def _write_tokenizer(folder: Path) -> tuple[int, int, int]:
-    """Train the tokenizer; returns (vocabulary size, id of `<s>`, id of `</s>`)."""
+def write_tokenizer(folder: Path) -> tuple[int, int, int]:
+    """Train the tokenizer and save it; returns (vocabulary size, id of `<s>`, id of `</s>`)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

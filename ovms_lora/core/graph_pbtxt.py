@@ -62,6 +62,9 @@ def _options_message(options: EngineOptions, models_path: str) -> Message:
         plugin_config=json.dumps(options.plugin_config) if options.plugin_config else "",
         best_of_limit=options.best_of_limit,
     )
+    if options.device.startswith("HETERO"):
+        # A stock OVMS splits a model over devices only in its pipeline without paged attention.
+        message.pipeline_type = message.PipelineType.Value("LM")
     if options.max_tokens_limit is not None:
         message.max_tokens_limit = options.max_tokens_limit
     if options.tool_parser:

@@ -7,66 +7,54 @@ Does not know: whether what they name exists.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import UsageError
-from ovms_lora.export.request import ExportRequest, MergeSource, SourceLoras, WeightFormat
+from ovms_lora.core.flags import FlagParser
+from ovms_lora.export.compression import default_format, parse_compression
+from ovms_lora.export.request import ExportRequest, MergeSource, SourceLoras
 from ovms_lora.export.source_loras import parse_source_loras, split_strength
+from ovms_lora.export.weight_format import WeightFormat
 
+_EXTRA: Final = "--extra_quantization_params"
 _DEVICE: Final = re.compile(r"(CPU|GPU|NPU)(\.\d+)?|AUTO|(AUTO|HETERO|MULTI):[A-Z0-9.,()-]+")
 _EPILOG: Final = """\
 examples:
-  {prog} text_generation --source_model org/base --model_name base_model
-  {prog} text_generation --source_model org/base --adapter org/sql-lora --model_name merged_model
-  {prog} text_generation --source_model base.gguf --adapter sql=0.7 --adapter tools=0.5 --model_name mixed
-  {prog} text_generation --source_model org/base --model_name base_model \\
-      --source_loras "sql=loras/sql,tools=loras/tools,mix=@sql:0.7+@tools:0.5"
+  a base, and the same base with an adapter merged into its weights:
+    {prog} text_generation --source_model org/base --model_name base_model
+    {prog} text_generation --source_model org/base --adapter org/sql-lora --model_name merged_model
+  several adapters, each at a strength of its own:
+    {prog} text_generation --source_model base.gguf --adapter sql=0.7 --adapter tools=0.5 --model_name mixed
+  adapters that are applied per request:
+    {prog} text_generation --source_model org/base --model_name base_model \\
+        --source_loras "sql=loras/sql,tools=loras/tools,mix=@sql:0.7+@tools:0.5"
+  small weights, and what they cost in accuracy:
+    {prog} text_generation --source_model org/base --weight-format int4 --verify \\
+        --extra_quantization_params "--group-size 64 --ratio 0.8 --awq --dataset samples.txt"
+  only say what would be done, and how large it is:
+    {prog} text_generation --source_model org/base --target_device GPU --dry_run
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that takes `--a-b` and `--a_b` alike, and raises UsageError where argparse would exit."""
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """What is to be exported, and how the exporter is to go about it."""
 
-    def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
-        self._spellings: dict[str, str] = {}
-
-    def learn(self, group: argparse._ActionsContainer) -> None:
-        """Know the flags of a parser or group, to accept their other spelling and to suggest them."""
-        for action in group._group_actions if isinstance(group, argparse._ArgumentGroup) else group._actions:
-            for flag in action.option_strings:
-                self._spellings[flag.replace("_", "-")] = flag
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting."""
-        raise UsageError(message, hint=f"{self.prog} --help says more")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse; raises UsageError for a flag that does not exist, with the one that it resembles."""
-        return self.parse_args([self._in_our_spelling(word) for word in argv])
-
-    def _in_our_spelling(self, word: str) -> str:
-        if not word.startswith("--") or " " in word or word == "--":
-            return word
-        flag, equals, value = word.partition("=")
-        known = self._spellings.get(flag.replace("_", "-"))
-        if known is not None:
-            return known + equals + value
-        close = difflib.get_close_matches(flag.replace("_", "-"), self._spellings, n=1)
-        hint = f"did you mean {self._spellings[close[0]]}?" if close else f"{self.prog} --help lists the flags"
-        raise UsageError(f"unknown flag {flag}", hint=hint)
+    request: ExportRequest
+    verbose: bool
+    dry_run: bool
 
 
-def build_parser(prog: str) -> Parser:
+def build_parser(prog: str) -> FlagParser:
     """Build the parser of `export_model.py` and `ovms-lora export`."""
-    parser = Parser(
+    parser = FlagParser(
         prog=prog,
         description="Turn a model into a folder that ovms-lora and OpenVINO Model Server serve.",
         epilog=_EPILOG.format(prog=prog),
@@ -78,26 +66,24 @@ def build_parser(prog: str) -> Parser:
         epilog=_EPILOG.format(prog=prog),
     )
     _add_model_flags(task.add_argument_group("model"))
+    _add_weight_flags(task.add_argument_group("weights"))
     _add_adapter_flags(task.add_argument_group("adapters"))
+    _add_device_flags(task.add_argument_group("device (written to graph.pbtxt)"))
     _add_serving_flags(task.add_argument_group("serving (written to graph.pbtxt)"))
-    task.add_argument("--verbose", action="store_true", help="show what the libraries print, and tracebacks")
-    parser.learn(task)
+    _add_run_flags(task.add_argument_group("this run"))
     return parser
 
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--source_model", required=True, metavar="SRC", help="a Hugging Face folder or id, or a .gguf file")
+    add(
+        "--source_model",
+        required=True,
+        metavar="SRC",
+        help="a Hugging Face folder or id, a .gguf file, or an OpenVINO model",
+    )
     add("--model_repository_path", type=Path, default=Path("models"), metavar="DIR", help="default: models")
     add("--model_name", metavar="NAME", help="name to serve under, and folder in the repository; default: the source's")
-    add(
-        "--weight-format",
-        type=WeightFormat,
-        choices=list(WeightFormat),
-        default=WeightFormat.INT8,
-        metavar="FORMAT",
-        help="fp32, fp16, bf16, int8 or int4; default: int8",
-    )
     add(
         "--config_file_path",
         type=Path,
@@ -107,6 +93,31 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     )
     add("--overwrite_models", action="store_true", help="replace what the repository holds under this name")
     add("--trust-remote-code", action="store_true", help="let the source run Python code of its own")
+
+
+def _add_weight_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--weight-format",
+        type=WeightFormat,
+        choices=list(WeightFormat),
+        metavar="FORMAT",
+        help="fp32, fp16, bf16, int8 or int4; default: int8, int4 for an NPU, and what an OpenVINO model has",
+    )
+    add(
+        _EXTRA,
+        type=parse_compression,
+        metavar="FLAGS",
+        help="how to compress: optimum-cli's flags in one quoted text, as \"--sym --group-size 64 --ratio 0.8 --awq "
+        '--scale-estimation --dataset samples.txt"; a dataset is a text file with one sample on each line',
+    )
+    add("--verify", action="store_true", help="compare the exported model with the PyTorch model, and print the drift")
+    add(
+        "--verify_threshold",
+        type=_number,
+        metavar="KL",
+        help="fail, and export nothing, above this mean KL divergence in nats; includes --verify",
+    )
 
 
 def _add_adapter_flags(group: argparse._ArgumentGroup) -> None:
@@ -129,10 +140,16 @@ def _add_adapter_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_serving_flags(group: argparse._ArgumentGroup) -> None:
+def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--target_device", type=_device, default="CPU", metavar="DEVICE", help="CPU, GPU, NPU, HETERO:…; default: CPU")
     add("--plugin_config", type=_json_object, default={}, metavar="JSON", help="OpenVINO properties")
+    add("--kv_cache_precision", choices=("u8", "f16", "bf16", "f32"), help="default: the device's choice")
+    add("--ov_cache_dir", metavar="DIR", help="keep compiled models here, to start quicker")
+
+
+def _add_serving_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--cache_size", type=_count(0), default=0, metavar="GB", help="KV cache; default: 0, sized from free memory")
     add("--max_num_seqs", type=_count(1), default=256, metavar="N", help="sequences run at once; default: 256")
     add("--max_num_batched_tokens", type=_count(1), default=256, metavar="N", help="tokens per step; default: 256")
@@ -145,29 +162,54 @@ def _add_serving_flags(group: argparse._ArgumentGroup) -> None:
         help="keep the KV cache of prompts for those that begin alike; default: true",
     )
     add("--disable_dynamic_split_fuse", action="store_true", help="never mix prompts and generation in one step")
-    add("--kv_cache_precision", choices=("u8", "f16", "bf16", "f32"), help="default: the device's choice")
-    add("--ov_cache_dir", metavar="DIR", help="keep compiled models here, to start quicker")
     add("--tool_parser", default="", metavar="NAME", help="how the model writes tool calls")
     add("--reasoning_parser", default="", metavar="NAME", help="how the model writes its reasoning")
 
 
-def parse_request(argv: Sequence[str], prog: str) -> tuple[ExportRequest, bool]:
-    """Parse the command line into (request, verbose). Raises UsageError; `--help` raises SystemExit."""
-    args = build_parser(prog).parse(argv)
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--dry_run", action="store_true", help="only print what would be done; changes nothing")
+    group.add_argument("--verbose", action="store_true", help="show what the libraries print, and tracebacks")
+
+
+def parse_request(argv: Sequence[str], prog: str) -> CommandLine:
+    """Parse the command line. Raises UsageError; `--help` raises SystemExit."""
+    args = build_parser(prog).parse_all(_joined(argv))
+    _check_weights(args)
     request = ExportRequest(
         source_model=args.source_model,
         repository=args.model_repository_path,
         model_name=args.model_name,
         config_file=args.config_file_path,
         weight_format=args.weight_format,
+        compression=args.extra_quantization_params,
         adapters=tuple(args.adapter),
         tokenizer=args.tokenizer,
         loras=args.source_loras,
         engine=_engine_options(args),
         overwrite=args.overwrite_models,
         trust_remote_code=args.trust_remote_code,
+        verify=args.verify or args.verify_threshold is not None,
+        max_drift=args.verify_threshold,
     )
-    return request, args.verbose
+    return CommandLine(request, verbose=args.verbose, dry_run=args.dry_run)
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Join `--extra_quantization_params` and its value, which looks like a flag where it is a single one."""
+    words = list(argv)
+    for place in range(len(words) - 2, -1, -1):
+        if words[place].replace("-", "_") == _EXTRA.replace("-", "_"):
+            words[place : place + 2] = [f"{_EXTRA}={words[place + 1]}"]
+    return words
+
+
+def _check_weights(args: argparse.Namespace) -> None:
+    """Raise UsageError for a format and a compression that do not go together, or not with the device."""
+    weight_format = args.weight_format or default_format(args.target_device)
+    if args.target_device.startswith("NPU") and weight_format is not WeightFormat.INT4:
+        raise UsageError(f"an NPU runs int4 weights, not {weight_format}", hint="leave --weight-format out")
+    if args.extra_quantization_params is not None:
+        args.extra_quantization_params.check(weight_format)
 
 
 def _engine_options(args: argparse.Namespace) -> EngineOptions:
@@ -187,6 +229,8 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
 def _plugin_config(args: argparse.Namespace) -> dict[str, Any]:
     """Put the flags that stand for OpenVINO properties into `--plugin_config`."""
     properties = dict(args.plugin_config)
+    if args.target_device.startswith("HETERO"):
+        properties.setdefault("MODEL_DISTRIBUTION_POLICY", "PIPELINE_PARALLEL")  # as OVMS's exporter sets it
     for flag, name in (("kv_cache_precision", "KV_CACHE_PRECISION"), ("ov_cache_dir", "CACHE_DIR")):
         value = getattr(args, flag)
         if value is None:
@@ -229,3 +273,13 @@ def _count(least: int) -> Callable[[str], int]:
         return int(text)
 
     return count
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value

@@ -14,7 +14,6 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "export_model.py") ->
     verbose = "--verbose" in words
     with _signals() as caught:
         try:
-            print(_export(words, prog))
+            _export(words, prog)
         except KeyboardInterrupt:
             return _stopped(caught)
         except OvmsLoraError as error:
@@ -48,16 +47,19 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "export_model.py") ->
     return 0
 
 
-def _export(words: Sequence[str], prog: str) -> Path:
+def _export(words: Sequence[str], prog: str) -> None:
     from ovms_lora.export.arguments import parse_request
 
-    request, verbose = parse_request(words, prog)
+    asked = parse_request(words, prog)
     # Below the parsing, so that --help and mistyped flags are answered at once.
+    from ovms_lora.export.dry_run import dry_run
     from ovms_lora.export.progress import ExportProgress
     from ovms_lora.export.text_generation import export_text_generation
 
-    with ExportProgress(verbose=verbose) as progress:
-        return export_text_generation(request, progress)
+    with ExportProgress(verbose=asked.verbose) as progress:
+        lines = dry_run(asked.request, progress) if asked.dry_run else [export_text_generation(asked.request, progress)]
+        for line in lines:
+            print(line)
 
 
 @contextmanager

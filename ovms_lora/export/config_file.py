@@ -1,4 +1,4 @@
-"""config.json as the exporter changes it: one entry added or updated, all else kept as it is.
+"""config.json as the exporter changes it: one entry added, updated or taken out, all else kept as it is.
 
 Owns: reading it early, the lock, the atomic write.
 Does not know: what a model folder holds.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,19 +44,59 @@ def check_registration(config_file: Path, registration: Registration) -> None:
     _changed(config_file, registration)
 
 
+def registration_changes(config_file: Path, registration: Registration) -> bool:
+    """Return whether `register` would change the file. Raises ConfigError."""
+    before, after = _changed(config_file, registration)
+    return before != after or not config_file.exists()
+
+
 def register(config_file: Path, registration: Registration) -> bool:
     """Add or update the model's entry; returns whether the file changed. Raises ConfigError."""
     config_file = config_file.resolve()  # a link stays one
     config_file.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(config_file):
+        before, document = _changed(config_file, registration)
+        if document == before and config_file.exists():
+            return False
+        _write(config_file, document)
+    return True
+
+
+def unregister(config_file: Path, name: str, folder: Path) -> dict[str, Any] | None:
+    """Take the entry of a model out and return it, None where there is none.
+
+    Raises ConfigError for an entry of that name that is about another folder.
+    """
+    config_file = config_file.resolve()
+    if not config_file.exists():
+        return None
+    with _locked(config_file):
+        document = _read(config_file)
+        items = document.get(_LIST, [])
+        item = next((item for item in items if item["config"].get("name") == name), None)
+        if item is None:
+            return None
+        entry: dict[str, Any] = item["config"]
+        place = (config_file.parent / str(entry.get("base_path"))).resolve()
+        if place != folder.resolve():
+            raise ConfigError(f"{config_file}: {name!r} is {place}, not {folder}", hint="name the right repository")
+        items.remove(item)
+        _write(config_file, document)
+    return entry
+
+
+def read_entries(config_file: Path) -> list[dict[str, Any]]:
+    """Return the entries as they stand in the file, none where there is no file. Raises ConfigError."""
+    return [item["config"] for item in _read(config_file).get(_LIST, [])]
+
+
+@contextmanager
+def _locked(config_file: Path) -> Iterator[None]:
     try:
         with FileLock(config_file.with_name(f".{config_file.name}.lock"), timeout=_LOCK_SECONDS):
-            before, document = _changed(config_file, registration)
-            if document == before and config_file.exists():
-                return False
-            _write(config_file, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            yield
     except Timeout as error:
-        raise ConfigError(f"{config_file} is locked by another process", hint="run the same export again") from error
-    return True
+        raise ConfigError(f"{config_file} is locked by another process", hint="run the same command again") from error
 
 
 def _changed(config_file: Path, registration: Registration) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,13 +176,13 @@ def _relative(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path.resolve(), folder)).as_posix()
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, document: dict[str, Any]) -> None:
     """Replace the file in one step; the lock must be held, so that nobody else writes the same new file."""
     new = path.with_name(f".{path.name}.new")
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
     try:
         with new.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())

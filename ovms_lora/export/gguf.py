@@ -11,6 +11,8 @@ tokenizer is rebuilt from the metadata (see gguf_tokenizer), because transformer
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,18 +48,29 @@ def to_hf_folder(gguf_path: Path, folder: Path) -> None:
     _save_model(gguf_path, header.metadata, rope_scaling, folder)
 
 
-def _read_header(gguf_path: Path) -> _Header:
+def count_weights(gguf_path: Path) -> int:
+    """Return how many weights a GGUF file holds. Raises ExportError when it is not a whole one."""
+    with _reading(gguf_path) as reader:
+        return sum(int(tensor.n_elements) for tensor in reader.tensors)
+
+
+@contextmanager
+def _reading(gguf_path: Path) -> Iterator[Any]:
     from gguf import GGUFReader
 
     if not gguf_path.is_file():
         raise ExportError(f"no such GGUF file: {gguf_path}")
     try:
-        reader = GGUFReader(gguf_path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-        tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+        yield GGUFReader(gguf_path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         # The reader maps the file into numpy, so a cut or foreign file fails in as many ways as arrays do.
         raise ExportError(f"{gguf_path} is not a whole GGUF file: {error}") from error
+
+
+def _read_header(gguf_path: Path) -> _Header:
+    with _reading(gguf_path) as reader:
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ExportError("the GGUF file does not name its architecture (general.architecture)")

@@ -21,12 +21,12 @@ from ovms_lora.core.config import LoraOptions
 from ovms_lora.core.errors import AdapterError, ExportError
 from ovms_lora.export.base_linears import read_base_linears
 from ovms_lora.export.digests import files_digest
+from ovms_lora.export.peft_folder import FILES as ADAPTER_FILES
 from ovms_lora.export.publish import locked, publish
 from ovms_lora.export.request import RuntimeSource
 from ovms_lora.export.source import find_folder
 
 FOLDER: Final = "loras"
-_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 _MAX_RANK: Final = 256
 
 
@@ -47,7 +47,7 @@ class RuntimeAdapter:
 
 def find_runtime_adapter(wanted: RuntimeSource, repository: Path, *, overwrite: bool) -> RuntimeAdapter:
     """Find and check an adapter. Raises ExportError or AdapterError, naming the alias."""
-    folder = find_folder(wanted.source, "adapter", _FILES)
+    folder = find_folder(wanted.source, "adapter", ADAPTER_FILES)
     try:
         with _without_links(folder) as plain:
             rank = inspect_adapter(plain).max_rank
@@ -70,7 +70,7 @@ def stage_adapters(adapters: tuple[RuntimeAdapter, ...], staging: Path, base: Pa
     for adapter in adapters:
         staged = staging / adapter.place
         staged.mkdir(parents=True)
-        for name in _FILES:
+        for name in ADAPTER_FILES:
             shutil.copyfile(adapter.source / name, staged / name)
         try:
             load_adapter(staged, linears, max_lora_rank=_MAX_RANK, lora_dtype=np.float32)
@@ -95,7 +95,7 @@ def rank_beyond_default(adapters: tuple[RuntimeAdapter, ...]) -> int | None:
 @contextmanager
 def _without_links(folder: Path) -> Iterator[Path]:
     """Give the folder, or a copy if its files are links: the hub's cache is made of them, and a server follows none."""
-    files = [folder / name for name in _FILES]
+    files = [folder / name for name in ADAPTER_FILES]
     if not any(path.is_symlink() for path in files):
         yield folder
         return
@@ -107,10 +107,10 @@ def _without_links(folder: Path) -> Iterator[Path]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    files = [(folder / name) for folder in (one, other) for name in _FILES]
+    files = [(folder / name) for folder in (one, other) for name in ADAPTER_FILES]
     if not all(path.is_file() for path in files):
         return False
-    half = len(_FILES)
+    half = len(ADAPTER_FILES)
     return files_digest(files[:half], one) == files_digest(files[half:], other)
 
 

@@ -41,6 +41,8 @@ class Recipe(_Frozen):
 
     source: SourceRecord
     weight_format: str
+    compression: dict[str, Any] = {}
+    calibration: SourceRecord | None = None
     adapters: tuple[MergedAdapter, ...] = ()
     tokenizer: SourceRecord | None = None
     engine: dict[str, Any] = {}
@@ -54,14 +56,34 @@ class Recipe(_Frozen):
             found.append(f"weight format: {self.weight_format} → {other.weight_format}")
         if [(a.digest, a.weight) for a in self.adapters] != [(a.digest, a.weight) for a in other.adapters]:
             found.append(f"adapters: {_listed(self.adapters)} → {_listed(other.adapters)}")
-        if (self.tokenizer and self.tokenizer.digest) != (other.tokenizer and other.tokenizer.digest):
-            names = [record.source if record else "the source's" for record in (self.tokenizer, other.tokenizer)]
-            found.append(f"tokenizer: {names[0]} → {names[1]}")
-        for key in sorted({*self.engine, *other.engine}):
-            here, there = self.engine.get(key), other.engine.get(key)
-            if here != there:
-                found.append(f"{key}: {json.dumps(here)} → {json.dumps(there)}")
+        for what, one, two, none in (
+            ("tokenizer", self.tokenizer, other.tokenizer, "the source's"),
+            ("dataset", self.calibration, other.calibration, "none"),
+        ):
+            if (one and one.digest) != (two and two.digest):
+                found.append(f"{what}: {one.source if one else none} → {two.source if two else none}")
+        for ours, theirs in ((self.compression, other.compression), (self.engine, other.engine)):
+            for key in sorted({*ours, *theirs}):
+                here, there = ours.get(key), theirs.get(key)
+                if here != there:
+                    found.append(f"{key}: {json.dumps(here)} → {json.dumps(there)}")
         return found
+
+
+class Drift(_Frozen):
+    """How far the IR is from its PyTorch model: Kullback-Leibler divergences in nats, and the share of positions at
+    which both hold the same token for the likeliest."""
+
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    positions: int
+
+    def __str__(self) -> str:
+        return (
+            f"KL divergence {self.mean_kl:.2g} on average and {self.max_kl:.2g} at most, "
+            f"same likeliest token at {self.top1_agreement:.1%} of {self.positions} positions"
+        )
 
 
 class FileRecord(_Frozen):
@@ -77,6 +99,7 @@ class Manifest(_Frozen):
     format: int = 1
     name: str
     recipe: Recipe
+    verified: Drift | None = None
     versions: dict[str, str]
     files: dict[str, FileRecord]
 

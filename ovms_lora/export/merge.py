@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ovms_lora.core.errors import ExportError
 from ovms_lora.export.peft_folder import WEIGHTS, PeftFolder
-from ovms_lora.export.request import WeightFormat
 from ovms_lora.export.source import read_json, tensor_shapes
+from ovms_lora.export.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fa
     lost = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
     if lost:
         raise ExportError(f"{folder} does not fit its config.json: {', '.join(lost[:5])}", hint="fetch the model again")
+    _refuse_non_finite(model, folder)
     return model.eval()
 
 
@@ -107,6 +108,15 @@ def first_line(error: Exception) -> str:
     """Return the first line of a library's message that says something."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line), type(error).__name__)
+
+
+def _refuse_non_finite(model: PreTrainedModel, folder: Path) -> None:
+    import torch
+
+    for name, parameter in model.named_parameters():
+        # Least and greatest carry NaN and infinity over, and take no memory as a mask would.
+        if not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            raise ExportError(f"{folder} is broken: {name} has values that are not finite", hint="fetch it again")
 
 
 def _refuse_remote_code(folder: Path, *, trust_remote_code: bool) -> None:

@@ -18,6 +18,7 @@ from ovms_lora.export.source import find_folder, read_json, tensor_shapes
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
+FILES: Final = (CONFIG, WEIGHTS)
 _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _LORA_TENSOR: Final = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 # Where the weights of a tied head are.
@@ -45,7 +46,7 @@ class PeftFolder:
 
 def find_adapter(given: str, weight: float = 1.0) -> PeftFolder:
     """Find an adapter folder, on disk or on the hub. Raises ExportError with what is wrong with it."""
-    path = find_folder(given, "adapter", (CONFIG, WEIGHTS))
+    path = find_folder(given, "adapter", FILES)
     if not (path / CONFIG).is_file():
         raise ExportError(f"{given} is not an adapter: it has no {CONFIG}", hint="an adapter is what PEFT saves")
     config = read_json(path / CONFIG)

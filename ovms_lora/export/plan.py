@@ -6,28 +6,32 @@ Does not know: how anything is merged, converted or written.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 from ovms_lora.core.errors import ConfigError, ExportError, UsageError
 from ovms_lora.core.names import check_model_name
+from ovms_lora.export.compression import Compression, default_compression, default_format
 from ovms_lora.export.config_file import Registration, check_registration
-from ovms_lora.export.digests import files_digest
+from ovms_lora.export.digests import file_digest, files_digest
 from ovms_lora.export.loras import FOLDER as LORAS
 from ovms_lora.export.loras import RuntimeAdapter, find_runtime_adapter, rank_beyond_default
 from ovms_lora.export.manifest import (
     MANIFEST_NAME,
+    Drift,
+    Manifest,
     MergedAdapter,
     Recipe,
     SourceRecord,
     read_manifest,
 )
+from ovms_lora.export.openvino_folder import stored_format
 from ovms_lora.export.peft_folder import PeftFolder, check_fits, find_adapter
 from ovms_lora.export.progress import ExportProgress
 from ovms_lora.export.request import ExportRequest
 from ovms_lora.export.source import Source, SourceKind, content_files, find_model, find_tokenizer, tensor_shapes
+from ovms_lora.export.weight_format import WeightFormat
 
 _OVERWRITE: Final = "--overwrite_models replaces it; --model_name exports beside it"
 
@@ -42,6 +46,8 @@ class Plan:
     adapters: tuple[PeftFolder, ...]
     loras: tuple[RuntimeAdapter, ...]
     tokenizer: Path | None
+    weight_format: WeightFormat
+    compression: Compression
     recipe: Recipe
 
     @property
@@ -61,6 +67,7 @@ def make_plan(request: ExportRequest, progress: ExportProgress) -> Plan:
         raise UsageError("--tokenizer goes with exactly one --adapter", hint="give the adapter that it belongs to")
     with progress.step("find", _sources(request)), progress.silence():
         source = find_model(request.source_model, trust_remote_code=request.trust_remote_code)
+        weight_format = _weight_format(request, source)
         name = _name(request, source)
         _check_place(request.repository, name)
         check_registration(request.config_file, _registration(request, name, ()))
@@ -75,18 +82,19 @@ def make_plan(request: ExportRequest, progress: ExportProgress) -> Plan:
             shapes = tensor_shapes(source.weight_files)
             for adapter in adapters:
                 check_fits(adapter, shapes, resized=tokenizer is not None)
-    recipe = _recipe(request, source, adapters, tokenizer, progress)
-    return Plan(request, name, source, adapters, loras, tokenizer, recipe)
+    compression = _compression(request, source)
+    recipe = _recipe(request, source, weight_format, compression, adapters, tokenizer, progress)
+    return Plan(request, name, source, adapters, loras, tokenizer, weight_format, compression, recipe)
 
 
-def nothing_to_do(plan: Plan) -> bool:
-    """Return whether the model is there already as requested; False means that it is to be exported.
+def present(plan: Plan) -> Manifest | None:
+    """Return the manifest if the model is there already as requested; None means that it is to be exported.
 
     Raises ExportError if something else is in its place and may not be replaced. The model's lock must be held.
     """
     target, overwrite = plan.target, plan.request.overwrite
     if not target.exists():
-        return False
+        return None
     if not target.is_dir():
         raise ExportError(f"{target} is not a folder", hint="move it away, or choose another --model_name")
     if not (target / MANIFEST_NAME).is_file() and not (overwrite and _is_model(target)):
@@ -94,36 +102,53 @@ def nothing_to_do(plan: Plan) -> bool:
         raise ExportError(f"{target} exists and was not written by this exporter", hint=hint)
     if overwrite:
         _refuse_nest(target)
-        return False
+        return None
     manifest = read_manifest(target)
     assert manifest is not None
     if different := manifest.recipe.differences(plan.recipe):
         raise ExportError(f"{target} holds a different export ({'; '.join(different)})", hint=_OVERWRITE)
     if damage := manifest.damage(target):
         raise ExportError(f"{target} is damaged: {damage}", hint="--overwrite_models exports it again")
-    return True
+    if plan.request.verify and manifest.verified is None:
+        raise ExportError(f"{target} was exported without --verify", hint="--overwrite_models exports and verifies it")
+    return manifest
 
 
-def check_space(plan: Plan) -> None:
-    """Raise ExportError if the repository's disk has less room than the export takes at its peak."""
-    needed = _space_needed(plan)
-    free = shutil.disk_usage(plan.request.repository).free
-    if free < needed:
+def check_drift(request: ExportRequest, drift: Drift) -> None:
+    """Raise ExportError if the model is further from its source than the request lets pass."""
+    if request.max_drift is not None and drift.mean_kl > request.max_drift:
         raise ExportError(
-            f"the export needs about {needed / 1e9:.1f} GB in {plan.request.repository}, {free / 1e9:.1f} GB are free",
-            hint="free some space, or choose another --model_repository_path",
+            f"the mean KL divergence is {drift.mean_kl:.2g}, above --verify_threshold {request.max_drift:g} ({drift})",
+            hint="a larger --weight-format, or other --extra_quantization_params, keep more",
         )
 
 
-def _space_needed(plan: Plan) -> int:
-    """Bytes: the IR before compression, the IR after it, and for GGUF the Hugging Face folder made of it."""
-    stored = plan.source.size
-    if plan.source.kind is SourceKind.GGUF:
-        full = stored * 7  # 4 bytes for what 4-bit blocks hold in 0.56; larger blocks need less
-        return full * 2 + stored
-    # 16-bit weights stay so on their way unless adapters are merged.
-    factor = 2 if plan.adapters or plan.request.weight_format == "fp32" else 1
-    return stored * factor + (stored if plan.request.weight_format.compressed else 0)
+def _weight_format(request: ExportRequest, source: Source) -> WeightFormat:
+    """Return how the weights will be stored; what an OpenVINO model cannot be asked for is refused, with the reason."""
+    if source.kind is not SourceKind.OPENVINO:
+        return request.weight_format or default_format(request.engine.device)
+    stored = stored_format(source.path)
+    what = f"{request.source_model} is an OpenVINO model, which is registered as it is"
+    if request.adapters:
+        raise UsageError(
+            f"{what}: --adapter cannot be merged into weights that are converted already",
+            hint="give the PyTorch model as --source_model, or the adapter as --source_loras",
+        )
+    if request.weight_format not in (None, stored):
+        raise UsageError(
+            f"{what}: its weights are {stored}, not {request.weight_format}",
+            hint=f"leave --weight-format out, or export the PyTorch model to {request.weight_format}",
+        )
+    if request.compression is not None or request.verify:
+        flag = "--verify" if request.verify else "--extra_quantization_params"
+        raise UsageError(f"{what}: {flag} needs the PyTorch model", hint=f"leave {flag} out")
+    return stored
+
+
+def _compression(request: ExportRequest, source: Source) -> Compression:
+    if source.kind is SourceKind.OPENVINO:
+        return Compression()
+    return request.compression or default_compression(request.engine.device)
 
 
 def _sources(request: ExportRequest) -> str:
@@ -178,6 +203,8 @@ def _refuse_nest(target: Path) -> None:
 def _recipe(
     request: ExportRequest,
     source: Source,
+    weight_format: WeightFormat,
+    compression: Compression,
     adapters: tuple[PeftFolder, ...],
     tokenizer: Path | None,
     progress: ExportProgress,
@@ -186,7 +213,9 @@ def _recipe(
         record = SourceRecord(source=source.given, digest=source.digest(step.advance))
     return Recipe(
         source=record,
-        weight_format=request.weight_format,
+        weight_format=weight_format,
+        compression={name: value for name, value in compression.chosen.items() if name != "dataset"},
+        calibration=_calibration_record(compression.dataset),
         adapters=tuple(MergedAdapter(source=a.given, digest=a.digest, weight=a.weight) for a in adapters),
         tokenizer=_tokenizer_record(request, tokenizer),
         engine=asdict(request.engine),
@@ -197,3 +226,7 @@ def _tokenizer_record(request: ExportRequest, folder: Path | None) -> SourceReco
     if folder is None or request.tokenizer is None:
         return None
     return SourceRecord(source=request.tokenizer, digest=files_digest(content_files(folder), folder))
+
+
+def _calibration_record(dataset: Path | None) -> SourceRecord | None:
+    return None if dataset is None else SourceRecord(source=str(dataset), digest=file_digest(dataset))

@@ -8,6 +8,7 @@ For the folder `org/name` of repository R, R/.export (never taken for a model) h
     org~name.lock            locked while the folder is exported; its owner's death frees it
     org~name.XXXX.staging    built here, then renamed to R/org/name
     org~name.XXXX.old        what was in that place before, between the two renames of an overwrite
+    org~name.XXXX.removed    what is being removed
 
 Killed between the renames: R/org/name is missing, and .old is put back. Killed after them: .old is removed.
 """
@@ -28,7 +29,7 @@ from filelock import FileLock, Timeout
 from ovms_lora.core.errors import ExportError
 
 HIDDEN: Final = ".export"
-_LEFTOVER: Final = re.compile(r"(?P<name>[A-Za-z0-9._~-]+)\.[0-9a-f]{8}\.(?P<kind>staging|old)")
+_LEFTOVER: Final = re.compile(r"(?P<name>[A-Za-z0-9._~-]+)\.[0-9a-f]{8}\.(?P<kind>staging|old|removed)")
 
 
 @contextmanager
@@ -83,6 +84,19 @@ def publish(staged: Path, repository: Path, name: str) -> None:
     if old is not None:
         # The new folder is in place: whatever is in the way of removing the old one, the next export tries again.
         shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(repository: Path, name: str) -> None:
+    """Take the folder of a locked name out of the repository in one rename, durably, then remove its files."""
+    target, removed = repository / name, _hidden_path(repository, name, "removed")
+    target.replace(removed)
+    for folder in (target.parent, removed.parent):
+        sync_folder(folder)
+    shutil.rmtree(removed)
+    parent = target.parent
+    while parent != repository and not any(parent.iterdir()):
+        parent.rmdir()
+        parent = parent.parent
 
 
 def sync_tree(folder: Path) -> None:

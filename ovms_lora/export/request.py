@@ -6,30 +6,11 @@ Knows nothing of files: whether a source exists or an adapter fits is seen by so
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 
 from ovms_lora.core.config import CompositeEntry, EngineOptions
-
-
-class WeightFormat(StrEnum):
-    """How the weights are stored in the IR; int8 is asymmetric per channel, int4 what optimum takes as default."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-    INT8 = "int8"
-    INT4 = "int4"
-
-    @property
-    def bits(self) -> int:
-        """Bits of one stored weight."""
-        return {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}[self]
-
-    @property
-    def compressed(self) -> bool:
-        """Whether nncf compresses the weights after conversion."""
-        return self in (WeightFormat.INT8, WeightFormat.INT4)
+from ovms_lora.export.compression import Compression
+from ovms_lora.export.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +40,24 @@ class SourceLoras:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
-    """One `text_generation` export. `model_name` None takes the source's name; paths are relative to the cwd."""
+    """One `text_generation` export; paths are relative to the cwd.
+
+    `model_name` None takes the source's name. `weight_format` None takes what an OpenVINO model has, else what the
+    device takes; `compression` None what goes with the device.
+    `max_drift` is the largest mean KL divergence that `verify` lets pass, in nats; None lets any pass.
+    """
 
     source_model: str
     repository: Path = Path("models")
     model_name: str | None = None
     config_file: Path = Path("config.json")
-    weight_format: WeightFormat = WeightFormat.INT8
+    weight_format: WeightFormat | None = None
+    compression: Compression | None = None
     adapters: tuple[MergeSource, ...] = ()
     tokenizer: str | None = None
     loras: SourceLoras = field(default_factory=SourceLoras)
     engine: EngineOptions = field(default_factory=EngineOptions)
     overwrite: bool = False
     trust_remote_code: bool = False
+    verify: bool = False
+    max_drift: float | None = None

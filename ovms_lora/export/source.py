@@ -1,7 +1,7 @@
 """Where a model, a tokenizer or an adapter comes from: a folder, a `.gguf` file or a hub id.
 
-Owns: telling these apart, fetching from the hub, and the checks that need no torch.
-Does not know: how a model is loaded or converted.
+Owns: telling these apart, and the checks that need no torch.
+Does not know: how a model is fetched, loaded or converted.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovms_lora.core.errors import ExportError
+from ovms_lora.export import hub
 from ovms_lora.export.digests import file_digest, files_digest
+from ovms_lora.export.openvino_folder import check_openvino_folder, openvino_files
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-_PATTERNS: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-_TOKENIZER_PATTERNS: Final = ("*.json", "*.jinja", "*.model", "*.txt")
+TOKENIZER_PATTERNS: Final = ("*.json", "*.jinja", "*.model", "*.txt")
+_MODEL_PATTERNS: Final = (*TOKENIZER_PATTERNS, "*.safetensors", "openvino_*.xml", "openvino_*.bin")
+_MEANINGFUL: Final = frozenset({".json", ".safetensors", ".jinja", ".model", ".txt", ".py"})
 
 
 class SourceKind(StrEnum):
@@ -27,6 +30,7 @@ class SourceKind(StrEnum):
 
     FOLDER = "folder"
     GGUF = "gguf"
+    OPENVINO = "openvino"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,13 @@ class Source:
     @property
     def files(self) -> list[Path]:
         """The files that decide what an export gives."""
-        return [self.path] if self.kind is SourceKind.GGUF else content_files(self.path)
+        match self.kind:
+            case SourceKind.GGUF:
+                return [self.path]
+            case SourceKind.OPENVINO:
+                return openvino_files(self.path)
+            case SourceKind.FOLDER:
+                return content_files(self.path)
 
     @property
     def weight_files(self) -> list[Path]:
@@ -75,15 +85,22 @@ def find_model(given: str, *, trust_remote_code: bool = False) -> Source:
         if path.open("rb").read(4) != b"GGUF":
             raise ExportError(f"{given} is not a GGUF file")
         return Source(given, SourceKind.GGUF, path)
-    patterns = (*_PATTERNS, "*.py") if trust_remote_code else _PATTERNS
-    folder = find_folder(given, "model", patterns)
+    folder = find_folder(given, "model", model_patterns(trust_remote_code=trust_remote_code))
+    if (folder / "openvino_model.xml").is_file():
+        check_openvino_folder(given, folder)
+        return Source(given, SourceKind.OPENVINO, folder)
     _check_model_folder(given, folder)
     return Source(given, SourceKind.FOLDER, folder)
 
 
+def model_patterns(*, trust_remote_code: bool) -> tuple[str, ...]:
+    """Return which of a hub repository's files a model is made of."""
+    return (*_MODEL_PATTERNS, "*.py") if trust_remote_code else _MODEL_PATTERNS
+
+
 def find_tokenizer(given: str) -> Path:
     """Find the folder of a tokenizer. Raises ExportError."""
-    folder = find_folder(given, "tokenizer", _TOKENIZER_PATTERNS)
+    folder = find_folder(given, "tokenizer", TOKENIZER_PATTERNS)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ExportError(f"{given} holds no tokenizer", hint="it must hold tokenizer.json")
     return folder
@@ -91,20 +108,24 @@ def find_tokenizer(given: str) -> Path:
 
 def find_folder(given: str, what: str, patterns: tuple[str, ...]) -> Path:
     """Return the local folder, or fetch the hub id's files that match `patterns`. Raises ExportError."""
+    return Path(given) if is_local(given, what) else hub.fetch(given, what, patterns)
+
+
+def is_local(given: str, what: str) -> bool:
+    """Return whether a source is a folder here; else it is a hub id. Raises ExportError for what is neither."""
     path = Path(given)
     if path.is_dir():
-        return path
+        return True
     if path.exists():
         raise ExportError(f"{given} is not a folder", hint=f"a {what} is a folder or a hub id")
     if not _HUB_ID.fullmatch(given):
         raise ExportError(f"no such {what}: {given}", hint="check the path; a hub id looks like `org/name`")
-    return _fetch(given, what, patterns)
+    return False
 
 
 def content_files(folder: Path) -> list[Path]:
     """List the files of a model, tokenizer or adapter folder that have a meaning, without read-mes and the like."""
-    suffixes = {".json", ".safetensors", ".jinja", ".model", ".txt", ".py"}
-    return sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
+    return sorted(path for path in folder.iterdir() if path.suffix in _MEANINGFUL and path.is_file())
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -141,10 +162,6 @@ def tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_model_folder(given: str, folder: Path) -> None:
-    if (folder / "openvino_model.xml").exists():
-        raise ExportError(
-            f"{given} is an OpenVINO model already", hint="name its folder as base_path in config.json to serve it"
-        )
     if (folder / "adapter_config.json").exists():
         raise ExportError(f"{given} is an adapter, not a model", hint="give it with --adapter or --source_loras")
     if not (folder / "config.json").is_file():
@@ -158,17 +175,3 @@ def _check_model_folder(given: str, folder: Path) -> None:
     pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
     reason = "its weights are pickled" if pickled else f"it has no {missing[0].name}"
     raise ExportError(f"{given} cannot be exported: {reason}", hint="save the model as safetensors")
-
-
-def _fetch(hub_id: str, what: str, patterns: tuple[str, ...]) -> Path:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ExportError(
-            f"no folder {hub_id}, and no such {what} from the hub: {reason}", hint="check the name and the network"
-        ) from error

@@ -10,17 +10,18 @@ import shutil
 from pathlib import Path
 
 from ovms_lora.core.graph_pbtxt import render_graph
-from ovms_lora.export import convert, merge
+from ovms_lora.export import compress, convert, merge, verify
 from ovms_lora.export.config_file import register
 from ovms_lora.export.digests import file_digest
 from ovms_lora.export.gguf import to_hf_folder
 from ovms_lora.export.loras import publish_adapters, stage_adapters
-from ovms_lora.export.manifest import FileRecord, Manifest, installed_versions, write_manifest
+from ovms_lora.export.manifest import Drift, FileRecord, Manifest, installed_versions, write_manifest
 from ovms_lora.export.peft_folder import check_fits
-from ovms_lora.export.plan import Plan, check_space, make_plan, nothing_to_do
+from ovms_lora.export.plan import Plan, check_drift, make_plan, present
 from ovms_lora.export.progress import ExportProgress
 from ovms_lora.export.publish import locked, publish, staging
 from ovms_lora.export.request import ExportRequest
+from ovms_lora.export.resources import check_resources
 from ovms_lora.export.source import SourceKind, tensor_shapes, weight_files
 
 
@@ -33,10 +34,12 @@ def export_text_generation(request: ExportRequest, progress: ExportProgress) -> 
     plan = make_plan(request, progress)
     with locked(request.repository, plan.name), staging(request.repository, plan.name) as folder:
         model = None
-        if nothing_to_do(plan):
+        if manifest := present(plan):
             progress.note(f"{plan.target} is exported from the same sources already: nothing to do")
+            if request.verify and manifest.verified:
+                _judge(plan, manifest.verified, progress)
         else:
-            check_space(plan)
+            check_resources(plan)
             model = _build(plan, folder, progress)
         _stage_adapters(plan, folder, model or plan.target, progress)
         if model is not None:
@@ -52,17 +55,45 @@ def _build(plan: Plan, folder: Path, progress: ExportProgress) -> Path:
     work, model = folder / "work", folder / "model"
     work.mkdir()
     model.mkdir()
-    source = _hf_folder(plan, work, progress)
-    _convert(plan, source, model, progress)
-    if plan.request.weight_format.compressed:
-        with progress.step("compress", f"weights to {plan.request.weight_format}"), progress.silence():
-            convert.compress(model, work, plan.request.weight_format)
+    drift = None
+    if plan.source.kind is SourceKind.OPENVINO:
+        _copy(plan, model, progress)
+    else:
+        drift = _export(plan, model, work, progress)
     shutil.rmtree(work)
     (model / "graph.pbtxt").write_text(render_graph(plan.request.engine), encoding="utf-8")
     with progress.step("check", "the graph takes paged attention"), progress.silence():
-        convert.check_ir(model)
-    _write_manifest(plan, model, progress)
+        convert.check_ir(model, module_names=plan.source.kind is not SourceKind.OPENVINO)
+    _write_manifest(plan, model, drift, progress)
     return model
+
+
+def _copy(plan: Plan, folder: Path, progress: ExportProgress) -> None:
+    """Take the files of an OpenVINO model over as they are."""
+    with progress.step("copy", plan.request.source_model, total=plan.source.size) as step:
+        for path in plan.source.files:
+            shutil.copyfile(path, folder / path.name)
+            step.advance(path.stat().st_size)
+
+
+def _export(plan: Plan, folder: Path, work: Path, progress: ExportProgress) -> Drift | None:
+    """Write IR and tokenizer into `folder`; returns how far the IR is from the PyTorch model, where that is asked."""
+    request = plan.request
+    expected = _convert(plan, _hf_folder(plan, work, progress), folder, progress)
+    if plan.weight_format.compressed:
+        with progress.step("compress", f"weights to {plan.weight_format}"), progress.silence():
+            compress.compress(folder, work, plan.weight_format, plan.compression)
+    if not request.verify:
+        return None
+    with progress.step("verify", "the exported model against the PyTorch model"), progress.silence():
+        drift = verify.measure_drift(folder, expected)
+    _judge(plan, drift, progress)
+    return drift
+
+
+def _judge(plan: Plan, drift: Drift, progress: ExportProgress) -> None:
+    progress.note(f"verified: {drift}")
+    check_drift(plan.request, drift)
 
 
 def _stage_adapters(plan: Plan, folder: Path, base: Path, progress: ExportProgress) -> None:
@@ -85,11 +116,14 @@ def _hf_folder(plan: Plan, work: Path, progress: ExportProgress) -> Path:
     return folder
 
 
-def _convert(plan: Plan, source: Path, folder: Path, progress: ExportProgress) -> None:
-    """Load, merge and convert. The PyTorch model is gone when this returns, before compression takes its memory."""
+def _convert(plan: Plan, source: Path, folder: Path, progress: ExportProgress) -> list[verify.Expected]:
+    """Load, merge and convert; returns what the PyTorch model says to the prompts of a verification.
+
+    The PyTorch model is gone when this returns, before compression takes its memory.
+    """
     request = plan.request
     with progress.step("load", request.source_model), progress.silence():
-        dtype = merge.choose_dtype(source, request.weight_format, merging=bool(plan.adapters))
+        dtype = merge.choose_dtype(source, plan.weight_format, merging=bool(plan.adapters))
         tokenizer = merge.load_tokenizer(plan.tokenizer or source, trust_remote_code=request.trust_remote_code)
         model = merge.load_model(source, dtype=dtype, trust_remote_code=request.trust_remote_code)
         if plan.tokenizer:
@@ -97,8 +131,12 @@ def _convert(plan: Plan, source: Path, folder: Path, progress: ExportProgress) -
     for adapter in plan.adapters:
         with progress.step("merge", f"{adapter.given} at weight {adapter.weight:g}"), progress.silence():
             model = merge.merge_adapter(model, adapter)
+    expected = []
+    if request.verify:
+        with progress.step("compute", "what the PyTorch model says"), progress.silence():
+            expected = verify.expect(model, tokenizer)
     with progress.step("convert", "to OpenVINO IR"), progress.silence():
-        convert.write_ir(model, folder, request.weight_format, trust_remote_code=request.trust_remote_code)
+        convert.write_ir(model, folder, plan.weight_format, trust_remote_code=request.trust_remote_code)
         served_by_ovms = convert.write_tokenizer(tokenizer, plan.tokenizer or source, folder)
     if (source / "generation_config.json").is_file():
         # optimum drops a file that transformers finds fault with; its defaults and stop tokens still count.
@@ -107,9 +145,10 @@ def _convert(plan: Plan, source: Path, folder: Path, progress: ExportProgress) -
         progress.note("note: OpenVINO has no form of this tokenizer, so that a stock OVMS cannot serve the folder")
     del model
     gc.collect()
+    return expected
 
 
-def _write_manifest(plan: Plan, folder: Path, progress: ExportProgress) -> None:
+def _write_manifest(plan: Plan, folder: Path, drift: Drift | None, progress: ExportProgress) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     total = sum(path.stat().st_size for path in paths)
     files = {}
@@ -117,4 +156,5 @@ def _write_manifest(plan: Plan, folder: Path, progress: ExportProgress) -> None:
         for path in paths:
             record = FileRecord(size=path.stat().st_size, sha256=file_digest(path, step.advance))
             files[path.relative_to(folder).as_posix()] = record
-    write_manifest(folder, Manifest(name=plan.name, recipe=plan.recipe, versions=installed_versions(), files=files))
+    manifest = Manifest(name=plan.name, recipe=plan.recipe, verified=drift, versions=installed_versions(), files=files)
+    write_manifest(folder, manifest)

@@ -133,3 +133,10 @@ def test_options_that_change_no_answer_are_let_pass(option: str) -> None:
 def test_a_graph_that_cannot_be_served_is_refused_with_its_place(text: str, message: str) -> None:
     with pytest.raises(ModelFolderError, match=message):
         parse_graph(text)
+
+
+@pytest.mark.parametrize(("device", "pipeline"), [("CPU", False), ("GPU.1", False), ("HETERO:GPU.0,GPU.1", True)])
+def test_a_split_over_devices_is_written_as_the_pipeline_that_ovms_has_for_it(device: str, pipeline: bool) -> None:
+    text = render_graph(EngineOptions(device=device))
+    assert ("pipeline_type: LM" in text) is pipeline
+    assert parse_graph(text).options.device == device

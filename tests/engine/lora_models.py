@@ -172,7 +172,7 @@ def _export(model: Any, folder: Path) -> None:
     with warnings.catch_warnings(), mock.patch.multiple(_gemma(), MAX_TRANSFORMERS_VERSION="999"):
         warnings.simplefilter("ignore")
         from ovms_lora.export.convert import write_ir
-        from ovms_lora.export.request import WeightFormat
+        from ovms_lora.export.weight_format import WeightFormat
 
         folder.mkdir(parents=True)
         gc.freeze()  # the exporter collects garbage twice, which takes as long as all else when so much is imported

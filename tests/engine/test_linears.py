@@ -36,10 +36,11 @@ def int8(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(bases.get("llama").folder, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from ovms_lora.export.convert import compress
-        from ovms_lora.export.request import WeightFormat
+        from ovms_lora.export.compress import compress
+        from ovms_lora.export.compression import Compression
+        from ovms_lora.export.weight_format import WeightFormat
 
-        compress(folder, work, WeightFormat.INT8)
+        compress(folder, work, WeightFormat.INT8, Compression())
     return folder
 
 

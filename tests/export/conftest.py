@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ovms_lora.export import convert, text_generation
+from ovms_lora.export import compress, convert, text_generation
 from ovms_lora.export.cli import main
 from ovms_lora.export.plan import Plan
 from ovms_lora.export.progress import ExportProgress
+from ovms_lora.export.verify import Expected
 from tests.tiny_llama import build_tiny_adapter, build_tiny_llama
 
 
@@ -76,15 +77,18 @@ def workshop(tmp_path: Path) -> Workshop:
 
 @pytest.fixture(scope="session")
 def exported(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Real exports: `base` in fp32 with runtime adapters, `small` in int8, `rounded` in bf16, `merged` in fp32."""
+    """Real exports: `base` in fp32 with runtime adapters, `small` in int8, `rounded` in bf16, `merged` in fp32.
+
+    `small` and `merged` are verified.
+    """
     workshop = Workshop(tmp_path_factory.mktemp("exported"))
     loras = f"sql={sources.sql},tools={sources.tools}:0.5,mix=@sql:0.7+@tools"
     exports = (
         ("--model_name", "base", "--weight-format", "fp32", "--source_loras", loras),
-        ("--model_name", "small"),
+        ("--model_name", "small", "--verify"),
         ("--model_name", "rounded", "--weight-format", "bf16"),
         (
-            *("--model_name", "merged", "--weight-format", "fp32"),
+            *("--model_name", "merged", "--weight-format", "fp32", "--verify"),
             *("--adapter", f"{sources.sql}=0.5", "--adapter", str(sources.tools)),
         ),
     )
@@ -97,13 +101,14 @@ def exported(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Work
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the conversion out: what is published is a folder with the files of a model, empty of sense."""
 
-    def convert_quickly(plan: Plan, source: Path, folder: Path, progress: ExportProgress) -> None:
+    def convert_quickly(plan: Plan, source: Path, folder: Path, progress: ExportProgress) -> list[Expected]:
         for name in ("openvino_model.xml", "openvino_model.bin", "tokenizer.json"):
             (folder / name).write_text(f"{name} of {plan.name}")
+        return []
 
     monkeypatch.setattr(text_generation, "_convert", convert_quickly)
-    monkeypatch.setattr(convert, "compress", lambda *_: None)
-    monkeypatch.setattr(convert, "check_ir", lambda *_: None)
+    monkeypatch.setattr(compress, "compress", lambda *_: None)
+    monkeypatch.setattr(convert, "check_ir", lambda *_, **__: None)
 
 
 @pytest.fixture

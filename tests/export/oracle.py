@@ -12,15 +12,15 @@ Array = npt.NDArray[np.float32]
 TOKENS = np.random.default_rng(7).integers(2, 300, size=(1, 33), dtype=np.int64)
 
 
-def of_ir(folder: Path) -> Array:
-    """Run the IR in float32 on TOKENS."""
+def of_ir(folder: Path, tokens: npt.NDArray[np.int64] = TOKENS) -> Array:
+    """Run the IR in float32 on TOKENS, or other tokens [1, length]."""
     from ovms_lora.engine.device import openvino_core
 
     properties = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino_core().compile_model(folder / "openvino_model.xml", "CPU", properties)
-    length = TOKENS.shape[1]
+    length = tokens.shape[1]
     inputs = {
-        "input_ids": TOKENS,
+        "input_ids": tokens,
         "attention_mask": np.ones((1, length), np.int64),
         "position_ids": np.arange(length)[None],
         "beam_idx": np.zeros(1, np.int32),

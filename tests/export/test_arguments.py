@@ -6,12 +6,11 @@ import pytest
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import UsageError
 from ovms_lora.export.arguments import build_parser, parse_request
-from ovms_lora.export.request import ExportRequest, MergeSource, WeightFormat
+from ovms_lora.export.request import ExportRequest, MergeSource
 
 
 def parse(*flags: str) -> ExportRequest:
-    request, _ = parse_request(["text_generation", "--source_model", "org/base", *flags], "export_model.py")
-    return request
+    return parse_request(["text_generation", "--source_model", "org/base", *flags], "export_model.py").request
 
 
 def test_defaults_are_those_of_ovms() -> None:
@@ -19,7 +18,8 @@ def test_defaults_are_those_of_ovms() -> None:
         source_model="org/base",
         repository=Path("models"),
         config_file=Path("config.json"),
-        weight_format=WeightFormat.INT8,
+        weight_format=None,
+        compression=None,
         engine=EngineOptions(device="CPU", max_num_seqs=256, max_num_batched_tokens=256),
     )
 
@@ -60,7 +60,7 @@ def test_every_flag_has_both_spellings(flag: str, value: str | None) -> None:
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        build_parser("export_model.py").parse(["text_generation", "--help"])
+        build_parser("export_model.py").parse_all(["text_generation", "--help"])
     assert stop.value.code == 0
     shown = {flag.replace("-", "_") for flag in re.findall(r"--([a-z_-]+)", capsys.readouterr().out)}
     assert set(VALUES) <= shown
@@ -74,7 +74,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--weight_fromat", "int8"], "unknown flag --weight_fromat", "did you mean --weight-format?"),
         (["--frobnicate"], "unknown flag --frobnicate", "--help"),
         (["--source"], "unknown flag --source", "did you mean"),
-        (["stray"], "unrecognized arguments: stray", "--help"),
+        (["stray"], "unknown argument stray", "--help"),
         (["--weight-format", "int3"], "invalid choice|invalid WeightFormat", "--help"),
         (["--cache_size", "-1"], "not a whole number of at least 0", "--help"),
         (["--max_num_seqs", "0"], "not a whole number of at least 1", "--help"),

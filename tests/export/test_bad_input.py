@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ovms_lora.export import text_generation
+from ovms_lora.export import resources, text_generation
 from tests.export.conftest import Fails, Sources, Workshop
 from tests.tiny_llama import build_tiny_adapter, build_tiny_llama
 
@@ -58,11 +58,10 @@ def test_files_that_are_not_gguf(fails: Fails, tmp_path: Path) -> None:
     assert "is not a GGUF file" in fails(gguf)[0]
 
 
-def test_folders_that_are_not_models(fails: Fails, sources: Sources, tmp_path: Path, exported: Workshop) -> None:
+def test_folders_that_are_not_models(fails: Fails, sources: Sources, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in fails(tmp_path / "empty")[0]
     assert "is an adapter, not a model" in fails(sources.sql)[0]
-    assert "is an OpenVINO model already" in fails(exported.repository / "base")[0]
     broken = copy(sources.base, tmp_path / "broken")
     (broken / "config.json").write_text("{")
     assert "config.json is not valid JSON" in fails(broken)[0]
@@ -186,7 +185,16 @@ def test_a_refusing_file_system(fails: Fails, sources: Sources, monkeypatch: pyt
     assert "openvino_model.bin" in cause
 
 
-def test_too_little_memory(fails: Fails, sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_seen_before_the_long_work(
+    fails: Fails, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**8)
+    cause, hint = fails(sources.base)
+    assert "of memory, 100.0 MB are available" in cause or "of memory, 0.1 GB are available" in cause
+    assert "machine" in hint
+
+
+def test_memory_that_is_refused(fails: Fails, sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise MemoryError
 

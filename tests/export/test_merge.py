@@ -14,7 +14,8 @@ from ovms_lora.core.errors import ExportError
 from ovms_lora.export.merge import choose_dtype, fit_vocabulary, load_model, load_tokenizer, merge_adapter
 from ovms_lora.export.peft_folder import find_adapter
 from ovms_lora.export.progress import ExportProgress
-from ovms_lora.export.request import WeightFormat
+from ovms_lora.export.source import tensor_shapes, weight_files
+from ovms_lora.export.weight_format import WeightFormat
 from tests.export import oracle
 from tests.export.conftest import Sources
 from tests.tiny_llama import build_tiny_llama
@@ -65,6 +66,12 @@ def loha(**options: Any) -> Any:
     return LoHaConfig(r=4, alpha=8, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
 
 
+def lokr(**options: Any) -> Any:
+    from peft import LoKrConfig
+
+    return LoKrConfig(r=4, alpha=8, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
+
+
 def merged(base: Path, *adapters: tuple[Path, float]) -> Any:
     import torch
 
@@ -95,6 +102,7 @@ def drift(base: Path, *adapters: tuple[Path, float]) -> float:
         {"modules_to_save": ["norm"]},
         ia3,
         loha,
+        lokr,
     ],
     ids=str,
 )
@@ -179,6 +187,37 @@ def test_a_model_that_lacks_a_weight_is_refused(sources: Sources, tmp_path: Path
     rewrite(tmp_path / "base", lambda tensors: {n: t for n, t in tensors.items() if n != "model.norm.weight"})
     with pytest.raises(ExportError, match=r"model\.norm\.weight"), ExportProgress().silence():
         load_model(tmp_path / "base", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_with_a_weight_that_is_not_finite_is_refused_by_name(
+    sources: Sources, tmp_path: Path, value: float
+) -> None:
+    import shutil
+
+    import torch
+
+    def spoil(tensors: dict[str, Any]) -> dict[str, Any]:
+        tensors["model.norm.weight"][3] = value
+        return tensors
+
+    shutil.copytree(sources.base, tmp_path / "base")
+    rewrite(tmp_path / "base", spoil)
+    with pytest.raises(ExportError, match=r"model\.norm\.weight has values"), ExportProgress().silence():
+        load_model(tmp_path / "base", dtype=torch.float32)
+
+
+def test_a_sharded_model_is_loaded_whole(sources: Sources, tmp_path: Path) -> None:
+    import torch
+
+    with ExportProgress().silence():
+        model = oracle.plain(sources.base)
+        model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+        shards = weight_files(tmp_path / "shards")
+        assert len(shards) > 2
+        assert tensor_shapes(shards).keys() == tensor_shapes(weight_files(sources.base)).keys()
+        loaded = load_model(tmp_path / "shards", dtype=torch.float32)
+    assert np.array_equal(oracle.of_torch(loaded), oracle.of_torch(model))
 
 
 def test_code_of_the_source_runs_only_if_trusted(sources: Sources, tmp_path: Path) -> None:
