@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from ovms_lora.core.config import EngineOptions, ModelEntry, parse_server_config, read_server_config
 from ovms_lora.core.errors import ConfigError
@@ -100,7 +101,7 @@ BAD_TEXTS = [
     (text(unknown=1), "unknown"),
     (text({"config": entry()["config"], "extra": 1}), "model_config_list.0.extra"),
     (text({}), "model_config_list.0.config"),
-    (text(entry(nireq=2)), "model_config_list.0.config.nireq"),
+    (text(entry(nirek=2)), "model_config_list.0.config.nirek: unknown key"),
     (json.dumps({"model_config_list": {}}), "model_config_list"),
     (json.dumps({"model_config_list": [1]}), "model_config_list.0"),
     (json.dumps({"model_config_list": [{"config": {"name": "a"}}]}), "base_path"),
@@ -155,7 +156,7 @@ def test_a_bad_config_is_refused_with_its_cause(document: str, cause: str) -> No
 
 
 def test_a_model_by_itself_refuses_a_name_used_twice() -> None:
-    with pytest.raises(ConfigError, match="the name 'sql' is used twice"):
+    with pytest.raises(ValidationError, match="the name 'sql' is used twice"):
         ModelEntry.model_validate(entry(lora_adapters=[ADAPTER, ADAPTER])["config"])
 
 
