@@ -19,10 +19,14 @@ def read_text(path: Path) -> str:
     """Return the text of a file. Raises ConfigUnreadableError when it cannot be read, is no plain file or too large."""
     try:
         # Without O_NONBLOCK, opening a named pipe waits for a writer.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ConfigUnreadableError(f"cannot read {path}: it is not a plain file", hint=_HINT)
-            content = file.read(_LARGEST + 1)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                content = file.read(_LARGEST + 1)
+        finally:
+            os.close(descriptor)
         if len(content) > _LARGEST:
             raise ConfigUnreadableError(f"cannot read {path}: it is larger than {_LARGEST} bytes", hint=_HINT)
         return content.decode("utf-8")

@@ -36,8 +36,8 @@ async def ready(request: Request) -> Response:
     return _probe(state_of(request).lifecycle.ready)
 
 
-@router.get("/v2/models/{name:path}/versions/{version:int}/ready")
 @router.get("/v2/models/{name:path}/ready")
+@router.get("/v2/models/{name:path}/versions/{version:int}/ready")  # the last one is looked at first
 async def model_ready(request: Request, name: str) -> Response:
     """Answer 200 while one model, adapter or composite takes requests; the version is not looked at, as for graphs."""
     server = state_of(request)
@@ -47,8 +47,8 @@ async def model_ready(request: Request, name: str) -> Response:
     return _not_found() if status is None else _probe(False)
 
 
-@router.get("/v2/models/{name:path}/versions/{version:int}")
 @router.get("/v2/models/{name:path}")
+@router.get("/v2/models/{name:path}/versions/{version:int}")  # the last one is looked at first
 async def model_metadata(request: Request, name: str) -> Response:
     """Describe one model, adapter or composite, as OVMS does a graph: its streams are no tensors."""
     registry = state_of(request).registry

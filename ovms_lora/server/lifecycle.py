@@ -147,7 +147,7 @@ class Lifecycle:
         return bool(changed or gone)
 
     async def poll(self) -> None:
-        """Reload when the source has changed; one that is not usable is left alone, and each of its faults logged once."""
+        """Reload when the source has changed; leave one alone that is not usable, and log each of its faults once."""
         if not self._source.changed():
             return
         try:
@@ -180,6 +180,7 @@ class Lifecycle:
 
     async def _load_wholly(self, spec: ModelSpec, undo: contextlib.AsyncExitStack) -> ServedModel:
         """Load a model with all of its adapters, or raise."""
+        undo.callback(self._registry.mark, spec.name, self._registry.statuses.get(spec.name))
         served = await self._load(spec)
         undo.push_async_callback(asyncio.to_thread, served.model.engine.stop)
         for alias, error in served.model.lora.failures.items() if served.model.lora else ():

@@ -149,9 +149,12 @@ class ModelRegistry:
         self._status[name] = replace(self._status[name], state=ModelState.UNLOADING)
         return self._served.pop(name)
 
-    def mark(self, name: str, status: ModelStatus) -> None:
-        """Note a model's state; a served model stays served."""
-        self._status[name] = status
+    def mark(self, name: str, status: ModelStatus | None) -> None:
+        """Note a model's state, None that there never was such a model; a served model stays served."""
+        if status is None:
+            self._status.pop(name, None)
+        else:
+            self._status[name] = status
 
     def end(self, name: str) -> None:
         """Note that a model is gone."""

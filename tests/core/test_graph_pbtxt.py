@@ -97,18 +97,31 @@ def test_the_older_response_parser_is_the_tool_parser() -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "named"),
     [
-        'draft_models_path: "./draft"',
-        "pipeline_type: LM_CB",
-        "block_size: 32",
-        "cache_eviction_config { aggregation_mode: SUM start_size: 32 recent_size: 64 max_cache_size: 128 }",
-        "sparse_attention_config { mode: XATTENTION xattention_threshold: 0.8 }",
-        "chat_template_mode: MINJA",
+        ('draft_models_path: "./draft"', "draft_models_path"),
+        ("pipeline_type: LM_CB", "pipeline_type"),
+        ("block_size: 32", "block_size"),
+        (
+            "cache_eviction_config { aggregation_mode: SUM start_size: 32 recent_size: 64 max_cache_size: 128 }",
+            "cache_eviction_config",
+        ),
+        ("sparse_attention_config { mode: XATTENTION xattention_threshold: 0.8 }", "sparse_attention_config"),
+        ("cache_interval_multiplier: 2", "cache_interval_multiplier"),
+        ("chat_template_mode: MINJA", "chat_template_mode"),
     ],
 )
-def test_options_that_change_no_answer_are_let_pass(option: str) -> None:
-    assert parse_graph(graph(option)).options == parse_graph(graph()).options
+def test_options_that_change_no_answer_are_let_pass_and_named(option: str, named: str) -> None:
+    read = parse_graph(graph(option))
+    assert read.options == parse_graph(graph()).options
+    assert read.without_effect == (named,)
+
+
+def test_properties_of_ovms_s_pipeline_are_no_properties_of_the_device() -> None:
+    properties = '{"prompt_lookup": true, "ATTENTION_BACKEND": "PA", "NUM_STREAMS": "1"}'
+    read = parse_graph(graph().replace('{"KV_CACHE_PRECISION": "u8"}', properties))
+    assert read.options.plugin_config == {"NUM_STREAMS": "1"}
+    assert read.without_effect == ("prompt_lookup", "ATTENTION_BACKEND")
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,18 @@ async def test_a_bad_config_is_rejected_whole(tmp_path: Path, text: str, message
         assert answer["error"].startswith("Reloading config file failed. ")
         assert message in answer["error"]
         assert [card["id"] for card in (await served.client.get("/v3/models")).json()["data"]] == ["a"]
+        assert await config(served) == {"a": status("AVAILABLE")}
+        assert (await served.post("/v3/completions", model="broken", prompt="hi")).status_code == 404
+        assert await served.text("/v3/completions", model="a", prompt="hi", max_tokens=1)
+
+
+async def test_a_config_that_is_gone_is_said_in_ovms_s_words(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "a")
+    async with serving(source=path) as served:
+        path.unlink()
+        code, answer = await reload(served)
+        assert code == 412
+        assert answer["error"].startswith("Config file not found or cannot open. ")
         assert await served.text("/v3/completions", model="a", prompt="hi", max_tokens=1)
 
 
