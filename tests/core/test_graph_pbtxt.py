@@ -1,10 +1,12 @@
 import json
+from typing import Any
 
 import pytest
 
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph, render_graph
+from tests import ovms_repository
 
 # As OVMS's own exporter writes it: spaces in the type's name, colons before braces, commas, single quotes.
 OVMS_GRAPH = """
@@ -90,6 +92,44 @@ def test_a_graph_of_ovms_is_read_with_ovms_defaults() -> None:
         max_num_batched_tokens=512,
         enable_prefix_caching=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({}, EngineOptions(enable_prefix_caching=False)),
+        ({"cache_size": 10}, EngineOptions(enable_prefix_caching=False, cache_size=10)),
+        ({"enable_prefix_caching": True}, EngineOptions()),
+        (
+            {"max_num_batched_tokens": 4096, "dynamic_split_fuse": False},
+            EngineOptions(enable_prefix_caching=False, max_num_batched_tokens=4096, dynamic_split_fuse=False),
+        ),
+        ({"max_num_seqs": 7}, EngineOptions(enable_prefix_caching=False, max_num_seqs=7)),
+        ({"device": "HETERO:GPU,CPU"}, EngineOptions(enable_prefix_caching=False, device="HETERO:GPU,CPU")),
+        (
+            {"plugin_config": {"KV_CACHE_PRECISION": "u8", "CACHE_DIR": "/c"}},
+            EngineOptions(enable_prefix_caching=False, plugin_config={"KV_CACHE_PRECISION": "u8", "CACHE_DIR": "/c"}),
+        ),
+        ({"response_parser": "hermes3"}, EngineOptions(enable_prefix_caching=False, tool_parser="hermes3")),
+        (
+            {"tool_parser": "llama3", "reasoning_parser": "qwen3", "enable_tool_guided_generation": True},
+            EngineOptions(
+                enable_prefix_caching=False,
+                tool_parser="llama3",
+                reasoning_parser="qwen3",
+                enable_tool_guided_generation=True,
+            ),
+        ),
+        (
+            {"best_of_limit": 3, "max_tokens_limit": 100},
+            EngineOptions(enable_prefix_caching=False, best_of_limit=3, max_tokens_limit=100),
+        ),
+        ({"pipeline_type": "LM"}, EngineOptions(enable_prefix_caching=False)),
+        ({"draft_models_path": "./draft"}, EngineOptions(enable_prefix_caching=False)),
+    ],
+)
+def test_what_ovms_s_exporter_writes_is_read(written: dict[str, Any], read: EngineOptions) -> None:
+    assert parse_graph(ovms_repository.graph(**written)).options == read
 
 
 def test_the_older_response_parser_is_the_tool_parser() -> None:

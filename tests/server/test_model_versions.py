@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_config_json_chooses(tmp_path: Path) -> None:
     folders(tmp_path / "m", "1", "2")
     path = tmp_path / "config.json"
     for policy, version in (({"latest": {}}, 2), ({"specific": {"versions": [1]}}, 1)):
-        entry = {"name": "m", "base_path": "m", "model_version_policy": policy}
+        entry: dict[str, Any] = {"name": "m", "base_path": "m", "model_version_policy": policy}
         path.write_text(json.dumps({"model_config_list": [{"config": entry}]}))
         (spec,) = ConfigFile(path).read()
         assert (spec.folder, spec.version) == (tmp_path / "m" / str(version), version)
