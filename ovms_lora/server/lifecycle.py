@@ -3,7 +3,7 @@
     read ──► load new bases ──► apply adapters ──► put (adds, swaps) ──► drain and stop what was replaced or removed
 
 At start, what can be loaded is served; a reload is taken whole or not at all. A base whose adapters alone have changed
-stays as it is. Loading blocks, so it runs in a thread.
+stays as it is. Reading and loading block, so they run in threads.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Lifecycle:
         failure: OvmsLoraError | None = None
         async with self.changing:
             try:
-                specs = self._source.read()
+                specs = await asyncio.to_thread(self._source.read)
             except ConfigError as error:
                 self._on_failure(error)
                 return
@@ -124,7 +124,7 @@ class Lifecycle:
         Raises ConfigError, ModelFolderError, or what is wrong with an adapter; then nothing has changed.
         """
         async with self.changing:
-            wanted = self._source.read()
+            wanted = await asyncio.to_thread(self._source.read)
             self._check_names(wanted)
             running = {served.name: served for served in self._registry.served}
             changed = [spec for spec in wanted if spec.name not in running or running[spec.name].spec != spec]
@@ -148,7 +148,7 @@ class Lifecycle:
 
     async def poll(self) -> None:
         """Reload when the source has changed; leave one alone that is not usable, and log each of its faults once."""
-        if not self._source.changed():
+        if not await asyncio.to_thread(self._source.changed):
             return
         try:
             changed = await self.reload()
