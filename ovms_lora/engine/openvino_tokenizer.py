@@ -33,6 +33,7 @@ class OpenVinoTokenizer(Tokenizer):
         self._graphs = graphs
         self._pieces = graphs.vocabulary()
         self._special_ids = graphs.special_ids()
+        self._joins_pieces = graphs.joins_pieces
         self._ids = {piece: token_id for token_id, piece in reversed(list(enumerate(self._pieces)))}
         self._plain = _Pool(graphs.text_encoder(add_special_tokens=False))
         self._adding = (
@@ -45,7 +46,7 @@ class OpenVinoTokenizer(Tokenizer):
         try:
             return cls(TokenizerGraphs.from_folder(folder))
         except RuntimeError as error:
-            message = f"the tokenizer of {folder} cannot be compiled: {str(error).splitlines()[-1]}"
+            message = f"the tokenizer of {folder} cannot be compiled: {str(error).strip().splitlines()[-1]}"
             raise ModelFolderError(message, hint="export the tokenizer again") from error
 
     @property
@@ -64,7 +65,7 @@ class OpenVinoTokenizer(Tokenizer):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that form no character become U+FFFD."""
         known = [token_id for token_id in token_ids if token_id < len(self._pieces)]
-        if self._graphs.joins_pieces:  # as byte-level decoders do; running a graph takes far longer
+        if self._joins_pieces:  # as byte-level decoders do; running a graph takes far longer
             hidden = self._special_ids if skip_special_tokens else frozenset()
             text = b"".join(self._pieces[token_id] for token_id in known if token_id not in hidden)
         else:

@@ -36,6 +36,7 @@ _PACKAGE = "openvino_tokenizers"
 _HINT = "export the tokenizer again, or put tokenizer.json into the folder"
 _NO_LIMIT = 2_000_000_000
 _BPE_INPUTS_WITH_ADDED_TOKENS = 18
+_DECODER_INPUTS_WITH_SKIPPED = 5
 _NOTHING = "((?!))"  # a pattern with one group, as the operation wants it, that matches nowhere
 # One group of added tokens in the pattern, with or without the white space that they take away.
 _GROUP = re.compile(r"((?:\(\?:\\s\*\))?)\(((?:\\.|[^()\\])*)\)((?:\(\?:\\s\*\))?)", re.DOTALL)
@@ -69,20 +70,24 @@ class TokenizerGraphs:
         return graphs
 
     def vocabulary(self) -> tuple[bytes, ...]:
-        """Return the pieces by token id, added tokens included, as the decoder has them."""
-        _, begins, ends, letters, *_ = _inputs(_one(self.decoder, "VocabDecoder"))
+        """Return the pieces by token id, added tokens included, as the decoder has them. Raises ModelFolderError."""
+        _, begins, ends, letters, *_ = self._decoder_inputs()
         data = _constant(letters).tobytes()
         pairs = zip(_constant(begins).tolist(), _constant(ends).tolist(), strict=True)
         return tuple(data[begin:end] for begin, end in pairs)
 
     def special_ids(self) -> frozenset[int]:
         """Return the ids that are no part of a text."""
-        operation = _one(self.decoder, "VocabDecoder")
-        inputs = _inputs(operation)
-        skipped = (
-            _constant(inputs[4]).tolist() if len(inputs) > 4 else operation.get_attributes().get("skip_tokens", ())
-        )
-        return frozenset(skipped)
+        *_, skipped = inputs = self._decoder_inputs()
+        if len(inputs) == _DECODER_INPUTS_WITH_SKIPPED:
+            return frozenset(_constant(skipped).tolist())
+        return frozenset(_one(self.decoder, "VocabDecoder").get_attributes()["skip_tokens"])
+
+    def _decoder_inputs(self) -> list[ov.Output]:
+        inputs = _inputs(_one(self.decoder, "VocabDecoder"))
+        if len(inputs) not in (_DECODER_INPUTS_WITH_SKIPPED - 1, _DECODER_INPUTS_WITH_SKIPPED):
+            raise ModelFolderError(f"{DECODER_NAME} is of an older kind: it packs its vocabulary", hint=_HINT)
+        return inputs
 
     @property
     def joins_pieces(self) -> bool:
@@ -98,7 +103,7 @@ class TokenizerGraphs:
     @property
     def adds_special_tokens(self) -> bool:
         """Whether the encoder adds tokens that do not stand in the text."""
-        return any(True for _ in _added_segments(self.encoder))
+        return bool(_added_segments(self.encoder))
 
     def text_encoder(self, *, add_special_tokens: bool, inert: bool = False) -> ov.Model:
         """Return a graph from (begins i32[1], ends i32[1], bytes u8[N]) to (begins, ends, ids) of one row.
@@ -119,8 +124,9 @@ class TokenizerGraphs:
         """Return a graph from ids i64[1, N] to (begins, ends, bytes) of one text, which may be no valid UTF-8."""
         model = self.decoder.clone()
         decoder, pack = _one(model, "VocabDecoder"), _one(model, "StringTensorPack")
-        if not skip_special_tokens and len(_inputs(decoder)) > 4:
-            decoder.input(4).replace_source_output(opset13.constant(np.array([], np.int32)).output(0))
+        if not skip_special_tokens:
+            nothing = opset13.constant(np.array([], np.int32)).output(0)
+            _replace(decoder, [*_inputs(decoder)[: _DECODER_INPUTS_WITH_SKIPPED - 1], nothing], skip_tokens=[])
         last = pack.input_value(0).get_node()
         text = last if last.get_type_name() == "UTF8Validate" else pack
         return ov.Model(_inputs(text)[:3], model.get_parameters(), "text_decoder")
@@ -197,7 +203,7 @@ def _read(path: Path) -> ov.Model:
     try:
         return openvino_core().read_model(path)
     except RuntimeError as error:
-        raise ModelFolderError(f"{path} cannot be read: {str(error).splitlines()[-1]}", hint=_HINT) from error
+        raise ModelFolderError(f"{path} cannot be read: {str(error).strip().splitlines()[-1]}", hint=_HINT) from error
 
 
 def _pattern(operation: ov.Node) -> str:
@@ -209,9 +215,9 @@ def _set_pattern(operation: ov.Node, pattern: str) -> None:
     _replace(operation, [*_inputs(operation)[:-1], letters])
 
 
-def _replace(operation: ov.Node, inputs: list[ov.Output]) -> None:
+def _replace(operation: ov.Node, inputs: list[ov.Output], **attributes: Any) -> None:
     """Put a new operation in the place of one, as operations keep what they have made of constant inputs."""
-    new = _operations().create(operation.get_type_name(), inputs, operation.get_attributes())
+    new = _operations().create(operation.get_type_name(), inputs, {**operation.get_attributes(), **attributes})
     for old, output in zip(operation.outputs(), new.outputs(), strict=True):
         old.replace(output)
 
