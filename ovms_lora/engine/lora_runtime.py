@@ -209,7 +209,7 @@ class LoraRuntime:
         """
         with self._changing:
             loaded = self._untouched_by(config)
-            read = {spec.alias: self.store.read(spec.folder) for spec in config.adapters if spec.alias not in loaded}
+            read = {spec.alias: self._read_named(spec) for spec in config.adapters if spec.alias not in loaded}
             for adapter in read.values():
                 self._cover(adapter)
             kept = read.keys() | loaded.keys()
@@ -225,6 +225,12 @@ class LoraRuntime:
             self._failures.clear()
             self._pin()
             self._sweep()
+
+    def _read_named(self, spec: AdapterSpec) -> Adapter:
+        try:
+            return self.store.read(spec.folder)
+        except AdapterError as error:
+            raise AdapterError(error.code, f"adapter {spec.alias!r}: {error.message}", hint=error.hint) from error
 
     def _untouched_by(self, config: LoraConfig) -> dict[str, AdapterSpec]:
         """Return what clients have loaded and another configuration leaves alone. Raises ConfigError."""

@@ -119,7 +119,10 @@ class ConfigFile:
         # Within the same tick of the file system's clock the file may be written again and look the same.
         self._may_have_changed = self._seen is not None and 0 <= time.time_ns() - self._seen[1] < _CLOCK_TICK_NS
         config = read_server_config(self._path)
-        return _specs(config.models, self._path.parent, self._lora)
+        try:
+            return _specs(config.models, self._path.parent, self._lora)
+        except ConfigError as error:
+            raise ConfigError(f"{self._path}: {error.message}", hint=error.hint) from error
 
     def changed(self) -> bool:
         """Tell whether the file is, or may be, another one than was read last."""
@@ -209,8 +212,16 @@ def _lora_config(
             CompositeSpec(composite.alias, tuple((part.adapter_alias, part.alpha) for part in composite.components))
             for composite in entry.composite_lora_adapters
         ),
-        loading_path=defaults.loading_path if path is None else local_folder(path, root),
+        loading_path=defaults.loading_path if path is None else _loading_path(path, root, entry),
     )
+
+
+def _loading_path(path: str, root: Path, entry: ModelEntry) -> Path:
+    try:
+        return local_folder(path, root)
+    except ConfigError as error:
+        where = f"lora_options.dynamic_lora_loading_path of {entry.name!r}"
+        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from error
 
 
 def local_folder(path: str, root: Path) -> Path:

@@ -138,3 +138,26 @@ async def test_a_failure_is_forgotten_once_the_alias_was_loaded(tmp_path: Path) 
         assert (await unload(served, "sql"))[0] == 200
         assert "sql" not in await config(served)
         assert await status(served, "sql") == 404
+
+
+async def test_a_bad_adapter_of_a_base_that_stays_is_named(tmp_path: Path) -> None:
+    async with serving(source=write_lora_config(tmp_path)) as served:
+        folder = write_adapters(tmp_path / "loras", "bad") / "bad"
+        (folder / "adapter_model.safetensors").write_bytes(b"\x80\x04" + bytes(100))
+        write_lora_config(
+            tmp_path, lora_adapters=[*SQL, {"alias": "bad", "path": "loras/bad"}], composite_lora_adapters=None
+        )
+        code, answer = await reload(served)
+        assert code == 412
+        assert answer["error"].startswith(
+            "Reloading config file failed. adapter 'bad': adapter_model.safetensors is a Py"
+        )
+        assert [await status(served, name) for name in ("sql", "mix", "bad")] == [200, 200, 404]
+
+
+async def test_a_bucket_as_loading_path_is_refused_with_its_place(tmp_path: Path) -> None:
+    async with serving(source=write_lora_config(tmp_path)) as served:
+        path = write_lora_config(tmp_path, lora_options={"dynamic_lora_loading_path": "s3://bucket/loras"})
+        code, answer = await reload(served)
+        place = f"{path}: lora_options.dynamic_lora_loading_path of 'base'"
+        assert (code, answer["error"].startswith(f"Reloading config file failed. {place}: ")) == (412, True)
