@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from ovms_lora.core.errors import ModelFolderError
+from ovms_lora.core.errors import InvalidFieldError, ModelFolderError
 from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.token_bytes import sentencepiece_bytes
 from ovms_lora.engine.tokenizer import Tokenizer
@@ -29,16 +28,19 @@ class OpenVinoTokenizer(Tokenizer):
     """Gives what `Tokenizer` gives for the same model's tokenizer.json."""
 
     def __init__(self, graphs: TokenizerGraphs) -> None:
-        """Compile the graphs. Raises ModelFolderError when they are of no known kind."""
+        """Compile all that may be needed: later it would hold up whoever needs it first. Raises ModelFolderError."""
         self._graphs = graphs
         self._pieces = graphs.vocabulary()
         self._special_ids = graphs.special_ids()
-        self._joins_pieces = graphs.joins_pieces
+        self._joins_pieces = graphs.joins_pieces  # as byte-level decoders do; running a graph takes far longer
         self._ids = {piece: token_id for token_id, piece in reversed(list(enumerate(self._pieces)))}
-        self._plain = _Pool(graphs.text_encoder(add_special_tokens=False))
-        self._adding = (
-            _Pool(graphs.text_encoder(add_special_tokens=True)) if graphs.adds_special_tokens else self._plain
-        )
+        self._plain = self._adding = _Pool(graphs.text_encoder(add_special_tokens=False))
+        if graphs.adds_special_tokens:
+            self._adding = _Pool(graphs.text_encoder(add_special_tokens=True))
+        self._inert_pool = _Pool(graphs.text_encoder(add_special_tokens=False, inert=True))
+        if not self._joins_pieces:
+            self._skipping = _Pool(graphs.text_decoder(skip_special_tokens=True))
+            self._showing = _Pool(graphs.text_decoder(skip_special_tokens=False))
 
     @classmethod
     def from_folder(cls, folder: Path) -> OpenVinoTokenizer:
@@ -60,12 +62,12 @@ class OpenVinoTokenizer(Tokenizer):
 
     def encode_inert(self, text: str) -> list[int]:
         """Return the token ids of a text in which special tokens are no more than their characters."""
-        return self._encode(self._inert, text)
+        return self._encode(self._inert_pool, text)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that form no character become U+FFFD."""
         known = [token_id for token_id in token_ids if token_id < len(self._pieces)]
-        if self._joins_pieces:  # as byte-level decoders do; running a graph takes far longer
+        if self._joins_pieces:
             hidden = self._special_ids if skip_special_tokens else frozenset()
             text = b"".join(self._pieces[token_id] for token_id in known if token_id not in hidden)
         else:
@@ -82,18 +84,6 @@ class OpenVinoTokenizer(Tokenizer):
         """Return the id of a token by its exact name in the vocabulary, None when there is none."""
         return self._ids.get(token.encode())
 
-    @cached_property
-    def _inert(self) -> _Pool:
-        return _Pool(self._graphs.text_encoder(add_special_tokens=False, inert=True))
-
-    @cached_property
-    def _skipping(self) -> _Pool:
-        return _Pool(self._graphs.text_decoder(skip_special_tokens=True))
-
-    @cached_property
-    def _showing(self) -> _Pool:
-        return _Pool(self._graphs.text_decoder(skip_special_tokens=False))
-
     @staticmethod
     def _encode(pool: _Pool, text: str) -> list[int]:
         data = np.frombuffer(text.encode(), np.uint8)
@@ -109,7 +99,7 @@ class _Pool:
         self._idle: deque[ov.InferRequest] = deque()
 
     def row(self, *inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the one row of the result, a copy."""
+        """Return the one row of the result, a copy. Raises InvalidFieldError for what the graph cannot take."""
         try:
             request = self._idle.pop()
         except IndexError:
@@ -119,5 +109,7 @@ class _Pool:
             begins, ends, values = (request.get_output_tensor(at).data for at in range(3))
             row: npt.NDArray[Any] = values[begins[0] : ends[0]].copy() if begins.size else values[:0].copy()
             return row
+        except RuntimeError as error:
+            raise InvalidFieldError(f"the text cannot be tokenised: {str(error).strip().splitlines()[-1]}") from error
         finally:
             self._idle.append(request)

@@ -176,6 +176,15 @@ def test_a_long_text_does_not_hold_up_short_ones(pair: Pair) -> None:
     assert time.perf_counter() - begun < 60
 
 
+@pytest.mark.parametrize("part", [" ", "a", "'", "1", "\n", "<s>", "<", "漢", "\x00", "hello "])
+def test_no_megabyte_takes_long(pair: Pair, part: str) -> None:
+    text = part * ((1 << 20) // len(part.encode()))
+    begun = time.perf_counter()
+    token_ids = pair.graphs.encode(text, add_special_tokens=False)
+    assert time.perf_counter() - begun < 20
+    assert pair.graphs.decode(token_ids, skip_special_tokens=False) == text
+
+
 @pytest.mark.parametrize(
     ("pattern", "left"),
     [
