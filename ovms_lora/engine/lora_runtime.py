@@ -90,7 +90,8 @@ class LoraRuntime:
         options = config.options
         self._graphs = graphs
         self._options = options
-        self._loading_path = config.loading_path
+        self._config = config
+        self._by_clients: dict[str, AdapterSpec] = {}
         self._dtype = graphs.inference_dtype if options.lora_dtype == "auto" else options.lora_dtype
         self.store = AdapterStore(
             graphs.linears,
@@ -111,6 +112,11 @@ class LoraRuntime:
     def failures(self) -> Mapping[str, OvmsLoraError]:
         """The configured adapters that could not be loaded at start, by alias."""
         return MappingProxyType(self._failures)
+
+    @property
+    def by_clients(self) -> tuple[AdapterSpec, ...]:
+        """The adapters that `load` has brought and nothing has removed: no configuration names them so."""
+        return tuple(self._by_clients.values())
 
     @property
     def dtype(self) -> str:
@@ -162,6 +168,11 @@ class LoraRuntime:
         Raises AdapterExistsError when the alias is taken and `replace` is off, AdapterError, AdapterNotFoundError, or
         ConfigError for an alias that is not allowed.
         """
+        with self._changing:
+            self._add(spec, replace=replace)
+            self._by_clients[spec.alias] = spec
+
+    def _add(self, spec: AdapterSpec, *, replace: bool = False) -> None:
         check_alias(spec.alias)
         with self._changing:
             if spec.alias in self._composites or (spec.alias in self.store.registered and not replace):
@@ -173,6 +184,7 @@ class LoraRuntime:
             adapter = self.store.read(spec.folder)
             self._cover(adapter)
             self.store.register(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
+            self._failures.pop(spec.alias, None)
             self._pin()
             if before and before.digest != adapter.digest:
                 self._sweep()
@@ -185,29 +197,60 @@ class LoraRuntime:
         with self._changing:
             for composite in self._composites.values():
                 if alias in (component for component, _ in composite.components):
-                    raise ConfigError(f"adapter {alias!r} is part of composite {composite.alias!r}")
+                    raise ConfigError(
+                        f"adapter {alias!r} is part of composite {composite.alias!r}", hint="remove that first"
+                    )
             self.store.remove(alias)
+            self._by_clients.pop(alias, None)
+            self._failures.pop(alias, None)
             self._pin()
             self._sweep()
 
     def apply(self, config: LoraConfig) -> None:
-        """Make adapters and composites what `config` says; adapters that it does not name are removed.
+        """Make the configured adapters and composites what `config` says.
 
-        All of it is read and checked before anything changes. Raises AdapterError, AdapterNotFoundError or ConfigError.
+        What clients have loaded stays, but where the configuration of the same alias has changed. All is read and
+        checked before anything changes. Raises AdapterError, AdapterNotFoundError or ConfigError.
         """
         with self._changing:
-            read = {spec.alias: self.store.read(spec.folder) for spec in config.adapters}
+            loaded = self._untouched_by(config)
+            read = {spec.alias: self._read_named(spec) for spec in config.adapters if spec.alias not in loaded}
             for adapter in read.values():
                 self._cover(adapter)
-            before = self.store.registered
+            kept = read.keys() | loaded.keys()
+            if config.loading_path == self._config.loading_path:
+                kept |= self._found_on_path()
             self._composites = {composite.alias: composite for composite in config.composites}
             for spec in config.adapters:
-                self.store.register(spec.alias, spec.folder, read[spec.alias], alpha=spec.alpha, pinned=spec.pinned)
-            for alias in before.keys() - read.keys():
+                if spec.alias in read:
+                    self.store.register(spec.alias, spec.folder, read[spec.alias], alpha=spec.alpha, pinned=spec.pinned)
+            for alias in self.store.registered.keys() - kept:
                 self.store.remove(alias)
+            self._config, self._by_clients = config, loaded
             self._failures.clear()
             self._pin()
             self._sweep()
+
+    def _read_named(self, spec: AdapterSpec) -> Adapter:
+        try:
+            return self.store.read(spec.folder)
+        except AdapterError as error:
+            raise AdapterError(error.code, f"adapter {spec.alias!r}: {error.message}", hint=error.hint) from error
+
+    def _untouched_by(self, config: LoraConfig) -> dict[str, AdapterSpec]:
+        """Return what clients have loaded and another configuration leaves alone. Raises ConfigError."""
+        before, after = ({spec.alias: spec for spec in each.adapters} for each in (self._config, config))
+        loaded = {alias: spec for alias, spec in self._by_clients.items() if before.get(alias) == after.get(alias)}
+        for composite in config.composites:
+            if composite.alias in loaded:
+                raise ConfigError(
+                    f"the name {composite.alias!r} is that of an adapter that is loaded", hint="unload it first"
+                )
+        return loaded
+
+    def _found_on_path(self) -> set[str]:
+        configured = {spec.alias for spec in self._config.adapters}
+        return self.store.registered.keys() - configured - self._by_clients.keys()
 
     def select(self, name: str, strengths: Mapping[str, float] | None = None) -> tuple[AdapterUse, ...]:
         """Return what an adapter's or composite's name stands for, with strengths overridden by alias.
@@ -265,7 +308,7 @@ class LoraRuntime:
             with self._changing:
                 folder = self._found(alias)
                 if alias not in self.store.registered and folder:
-                    self.load(AdapterSpec(alias, folder))
+                    self._add(AdapterSpec(alias, folder))
             return self._in_host(alias)
         except UnknownAliasError as error:
             raise ModelNotFoundError(alias) from error
@@ -285,13 +328,13 @@ class LoraRuntime:
         return entry, adapter
 
     def _found(self, name: str) -> Path | None:
-        if self._loading_path is None:
+        if self._config.loading_path is None:
             return None
         try:
             check_alias(name)
         except ConfigError:
             return None
-        folder = self._loading_path / name
+        folder = self._config.loading_path / name
         return folder if (folder / "adapter_config.json").is_file() else None
 
     def _check_fits(self, uses: Sequence[AdapterUse]) -> None:

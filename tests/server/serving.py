@@ -67,7 +67,14 @@ class FakeModels:
     engines: list[Engine] = field(default_factory=list)
 
     def __call__(
-        self, folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, Any], lora: LoraConfig | None
+        self,
+        folder: Path,
+        *,
+        deliver: Deliver,
+        graph_path: str | None,
+        device: str | None,
+        plugin_config: Mapping[str, Any],
+        lora: LoraConfig | None,
     ) -> LoadedModel:
         if "broken" in folder.name:
             raise ModelFolderError(f"{folder.name} is not a model", hint="export it again")
