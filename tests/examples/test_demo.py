@@ -53,7 +53,9 @@ def start(tmp_path: Path, port: int) -> Iterator[Start]:
     """Starts the demo; `variables` are of its environment."""
     demos = []
 
-    def run(*, once: bool = False, export_seconds: int = 0, export_code: int = 0, **variables: str) -> object:
+    def run(
+        *, once: bool = False, export_seconds: int = 0, export_code: int = 0, **variables: str
+    ) -> subprocess.Popen[str]:
         path = tmp_path / "python"
         settings = {"python": sys.executable, "folder": str(tmp_path), "export_seconds": export_seconds}
         path.write_text(STAND_IN.format(**settings, export_code=export_code))
