@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -117,12 +118,11 @@ class LoraRuntime:
 
     def compile(self) -> CompiledGraph:
         """Compile the first graph, for the adapters that are registered by now."""
-        registered = self.store.registered.values()
-        rank = self._needed_rank(entry.max_rank for entry in registered)
-        paths = frozenset().union(*(entry.paths for entry in registered))
-        self._targets = LoraTargets(paths, rank, self._dtype)
+        self._targets = self._wanted(self.store.registered.values())
         graph = self._graphs.compile(self._targets)
-        self.residency = LoraResidency(graph.states, total_rank=rank, max_loras=self._options.max_loras)
+        self.residency = LoraResidency(
+            graph.states, total_rank=self._targets.total_rank, max_loras=self._options.max_loras
+        )
         self._pin()
         return graph
 
@@ -165,11 +165,12 @@ class LoraRuntime:
                     "If you want to load the adapter in place, set 'load_inplace' to True."
                 )
             before = self.store.registered.get(spec.alias)
-            adapter = self.store.read(spec.folder)
-            self._cover(adapter)
-            self.store.register(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
+            with self._reading():
+                entry = self._read(spec)
+                self._cover([*self.store.registered.values(), entry])
+                self.store.register(entry)
             self._pin()
-            if before and before.digest != adapter.digest:
+            if before and before.digest != entry.digest:
                 self._sweep()
 
     def unload(self, alias: str) -> None:
@@ -191,14 +192,15 @@ class LoraRuntime:
         All of it is read and checked before anything changes. Raises AdapterError, AdapterNotFoundError or ConfigError.
         """
         with self._changing:
-            read = {spec.alias: self.store.read(spec.folder) for spec in config.adapters}
-            for adapter in read.values():
-                self._cover(adapter)
             before = self.store.registered
+            with self._reading():
+                entries = [self._read(spec) for spec in config.adapters]
+                self._cover(entries)
+                for entry in entries:
+                    self.store.register(entry)
+            # In this order: at no time does a composite that can be asked for lack an adapter.
             self._composites = {composite.alias: composite for composite in config.composites}
-            for spec in config.adapters:
-                self.store.register(spec.alias, spec.folder, read[spec.alias], alpha=spec.alpha, pinned=spec.pinned)
-            for alias in before.keys() - read.keys():
+            for alias in before.keys() - {entry.alias for entry in entries}:
                 self.store.remove(alias)
             self._failures.clear()
             self._pin()
@@ -239,13 +241,28 @@ class LoraRuntime:
     def _register_all(self, config: LoraConfig) -> None:
         for spec in config.adapters:
             try:
-                adapter = self.store.read(spec.folder)
+                with self._reading():
+                    self.store.register(self._read(spec))
             except OvmsLoraError as error:
-                self._failures[spec.alias] = error
+                # Its traceback, and that of what caused it, would keep the tensors that were read.
+                error.__cause__ = error.__context__ = None
+                self._failures[spec.alias] = error.with_traceback(None)
                 log.error("adapter %s cannot be loaded: %s", spec.alias, error.message)
-                continue
-            self.store.register(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
         self._composites = {composite.alias: composite for composite in config.composites}
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep in host memory what has an alias at the end; a failure within leaves nothing behind."""
+        try:
+            yield
+        finally:
+            self.store.drop_unnamed()
+
+    def _read(self, spec: AdapterSpec) -> Registered:
+        """Read and check an adapter. Its tensors are left to the store, which keeps as many as it may."""
+        adapter = self.store.read(spec.folder)
+        self._check_rank(adapter.max_rank)
+        return Registered.of(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
 
     def _get(self, alias: str) -> tuple[Registered, Adapter]:
         try:
@@ -268,10 +285,12 @@ class LoraRuntime:
         """Get an adapter from the store; one that has changed in its folder may need another graph."""
         before = self.store.registered.get(alias)
         entry, adapter = self.store.get(alias)
+        self._check_rank(entry.max_rank)
         same = before is not None and before.digest == entry.digest
-        if not (same and self._targets.paths >= adapter.layers.keys()):
+        targets = self._targets
+        if not (same and targets.paths >= entry.paths and targets.total_rank >= entry.max_rank):
             with self._changing:
-                self._cover(adapter)
+                self._cover(self.store.registered.values())
                 self._pin()
                 self._sweep()
         return entry, adapter
@@ -299,26 +318,25 @@ class LoraRuntime:
             message = f"rank {sum(together.values())} in one request exceeds the total rank {self._targets.total_rank}"
             raise InvalidFieldError(message, param="lora")
 
-    def _needed_rank(self, ranks: Iterable[int]) -> int:
-        if self._options.total_rank != "auto":
-            return self._options.total_rank
-        largest = sorted(ranks, reverse=True)[: self._options.max_loras]
-        return -(-sum(largest) // _RANK_STEP) * _RANK_STEP
-
-    def _cover(self, adapter: Adapter) -> None:
-        """See that the graph has the adapter's linears and enough rank rows; compile another one if not."""
-        if self._options.total_rank != "auto" and adapter.max_rank > self._options.total_rank:
+    def _check_rank(self, rank: int) -> None:
+        if self._options.total_rank != "auto" and rank > self._options.total_rank:
             raise AdapterError(
-                AdapterErrorCode.RANK,
-                f"LoRA rank {adapter.max_rank} is greater than total_rank {self._options.total_rank}.",
+                AdapterErrorCode.RANK, f"LoRA rank {rank} is greater than total_rank {self._options.total_rank}."
             )
-        ranks = {entry.digest: entry.max_rank for entry in self.store.registered.values()}
-        ranks[adapter.digest] = adapter.max_rank
-        wanted = LoraTargets(
-            self._targets.paths | adapter.layers.keys(),
-            max(self._targets.total_rank, self._needed_rank(ranks.values())),
-            self._dtype,
-        )
+
+    def _wanted(self, entries: Collection[Registered]) -> LoraTargets:
+        """Return what a graph needs for these adapters, and for all that the present one was made for."""
+        ranks = {entry.digest: entry.max_rank for entry in entries}
+        total = self._options.total_rank
+        if total == "auto":
+            largest = sum(sorted(ranks.values(), reverse=True)[: self._options.max_loras])
+            total = -(-largest // _RANK_STEP) * _RANK_STEP
+        paths = self._targets.paths.union(*(entry.paths for entry in entries))
+        return LoraTargets(paths, max(self._targets.total_rank, total), self._dtype)
+
+    def _cover(self, entries: Collection[Registered]) -> None:
+        """See that the graph has the linears and rank rows of these adapters; compile another one if not."""
+        wanted = self._wanted(entries)
         if wanted == self._targets or self._engine is None:
             return
         log.info("compiling a graph for %d linears, total rank %d", len(wanted.paths), wanted.total_rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Client:
         self.model, self._outputs = model, outputs
 
     def generate(
-        self, requests: dict[str, tuple[Sequence[int], tuple[AdapterUse, ...]]], max_tokens: int = 64
+        self, requests: Mapping[str, tuple[Sequence[int], tuple[AdapterUse, ...]]], max_tokens: int = 64
     ) -> dict[str, list[int]]:
         """Run all requests together; return the generated tokens by id."""
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
