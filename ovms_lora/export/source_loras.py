@@ -8,6 +8,7 @@ Items are separated by commas.
 
 from __future__ import annotations
 
+import difflib
 import math
 
 from ovms_lora.core.config import CompositeComponent, CompositeEntry
@@ -78,6 +79,17 @@ def _check_names(adapters: list[RuntimeSource], composites: list[CompositeEntry]
         for component in composite.components:
             if component.adapter_alias not in known:
                 raise UsageError(
-                    f"--source_loras: {composite.alias!r} names {component.adapter_alias!r}, which is not in the list",
-                    hint=_HINT,
+                    f"--source_loras: {composite.alias!r} names {component.adapter_alias!r}, {_what_is(component, names)}",
+                    hint=_meant(component.adapter_alias, known),
                 )
+
+
+def _what_is(component: CompositeComponent, names: list[str]) -> str:
+    if component.adapter_alias in names:
+        return "which is a composite itself, and not an adapter"
+    return "which is not in the list"
+
+
+def _meant(alias: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(alias, sorted(known), n=1)
+    return f"did you mean {near[0]}?" if near else _HINT
