@@ -77,17 +77,11 @@ def _check_names(adapters: list[RuntimeSource], composites: list[CompositeEntry]
             raise UsageError(f"--source_loras names {name!r} twice", hint=_HINT)
     for composite in composites:
         for component in composite.components:
-            if component.adapter_alias not in known:
-                raise UsageError(
-                    f"--source_loras: {composite.alias!r} names {component.adapter_alias!r}, {_what_is(component, names)}",
-                    hint=_meant(component.adapter_alias, known),
-                )
-
-
-def _what_is(component: CompositeComponent, names: list[str]) -> str:
-    if component.adapter_alias in names:
-        return "which is a composite itself, and not an adapter"
-    return "which is not in the list"
+            alias = component.adapter_alias
+            if alias not in known:
+                fault = "is a composite itself, and not an adapter" if alias in names else "is not in the list"
+                message = f"--source_loras: {composite.alias!r} names {alias!r}, which {fault}"
+                raise UsageError(message, hint=_meant(alias, known))
 
 
 def _meant(alias: str, known: set[str]) -> str:
