@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/.export $(VENV)/.model ## export the embedded model twice, serve it, compare answers (DEMO_ONCE=1: then stop)
+demo: $(VENV)/.export $(VENV)/.model ## export the embedded model, serve it with adapters, ask (DEMO_ONCE=1: then stop)
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev $(VENV)/.model ## run all tests (PYTEST_ARGS="-k name" for some)

@@ -101,8 +101,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def bring_in_seconds(server: Server, aliases: list[str]) -> float:
     """Return the median time that writing one adapter into its tile takes, on the engine's thread."""
     runtime = server.model.lora
-    assert runtime and runtime.residency and runtime.residency._states, "compiled with states"
-    states = runtime.residency._states
+    assert runtime and runtime.graphs.residency._states, "compiled with states"
+    states = runtime.graphs.residency._states
 
     def write(use: AdapterUse) -> float:
         assert isinstance(use.adapter, Adapter), "loaded"

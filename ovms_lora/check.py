@@ -14,6 +14,7 @@ from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError, 
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.model import read_generation_defaults, read_max_model_len, read_options
+from ovms_lora.engine.paged_graph import IR_NAME
 from ovms_lora.engine.tokenizer import Tokenizer
 from ovms_lora.server.model_source import ConfigFile, ModelSpec
 from ovms_lora.server.model_versions import find_version
@@ -27,8 +28,8 @@ def check(path: Path, *, base: Path | None = None) -> Iterator[str]:
     if not path.exists():
         raise ConfigError(f"{path} does not exist", hint="give a model folder, an adapter folder or a config.json")
     is_adapter = path.is_dir() and (base is not None or any((path / name).exists() for name in _ADAPTER_FILES))
-    if base is not None and not is_adapter:
-        raise UsageError("--base goes with an adapter folder")
+    if base is not None and (not is_adapter or (path / IR_NAME).exists()):
+        raise UsageError("--base goes with an adapter folder", hint="ovms-lora check ADAPTER --base MODEL_FOLDER")
     if is_adapter:
         yield _check_adapter(path, base)
     elif path.is_dir():

@@ -18,7 +18,8 @@ from ovms_lora.core.graph_pbtxt import parse_graph
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.graph_source import GraphSource
-from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
+from ovms_lora.engine.lora_config import LoraConfig
+from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.runner import OpenVinoRunner
 from ovms_lora.engine.tokenizer import Tokenizer
 
@@ -89,10 +90,10 @@ def load_model(
         deliver=deliver,
         max_model_len=max_model_len,
         eos_token_ids=defaults.eos_token_ids,
-        residency=runtime.residency if runtime else None,
+        residency=runtime.graphs.residency if runtime else None,
     )
     if runtime:
-        runtime.attach(engine, runner)
+        runtime.graphs.attach(engine, runner)
     engine.start()
     return LoadedModel(folder, engine, tokenizer, template, defaults, options, runtime)
 

@@ -27,7 +27,7 @@ from ovms_lora.server.registry import ModelRegistry, ModelState, ModelStatus, Se
 
 if TYPE_CHECKING:
     from ovms_lora.engine.engine import Deliver
-    from ovms_lora.engine.lora_runtime import LoraConfig
+    from ovms_lora.engine.lora_config import LoraConfig
     from ovms_lora.engine.model import LoadedModel
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from ovms_lora.core.config import LoraOptions, ModelEntry, read_server_config
 from ovms_lora.core.config_fault import fault_of
 from ovms_lora.core.errors import ConfigError
 from ovms_lora.core.names import check_alias
-from ovms_lora.engine.lora_runtime import AdapterSpec, CompositeSpec, LoraConfig
+from ovms_lora.engine.lora_config import AdapterSpec, CompositeSpec, LoraConfig
 from ovms_lora.server.model_versions import find_version
 
 # A re-export replaces these; their identity tells that the same path holds another model.

@@ -19,7 +19,7 @@ from ovms_lora.engine.tokenizer import Detokenizer, Tokenizer
 from ovms_lora.server.model_source import ConfigFile
 from tests import ovms_repository
 from tests.engine.test_openvino_tokenizer import TEXTS
-from tests.real.test_smollm2 import Client
+from tests.real.client import Client
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
 
