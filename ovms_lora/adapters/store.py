@@ -5,7 +5,7 @@
 
 Who uses an adapter holds the object itself, so one that leaves this tier, or is replaced under its alias, lives on
 until its last request has ended. Safe from several threads; reading a folder blocks only those who want the same one.
-Knows nothing of graphs and rank rows.
+Knows nothing of graphs and tiles.
 """
 
 from __future__ import annotations
