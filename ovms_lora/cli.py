@@ -104,7 +104,7 @@ def _add_lora_flags(parser: FlagParser) -> None:
     )
     for name, text in numbers:
         parser.add(name, type=_count, metavar="N", help=text)
-    parser.add("lora_total_rank", type=_total_rank, metavar="N|auto", help="ranks of all residents together (default auto)")
+    parser.add("lora_total_rank", type=_total_rank, metavar="N|auto", help="ranks of all residents (default auto)")
     parser.add("lora_dtype", choices=("auto", "f32", "bf16"), help="precision of adapters (default auto)")
     parser.add(
         "lora_modules",
