@@ -26,12 +26,18 @@ _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz     ", np.uint8).astype(np
 
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, and `</s>` (id 256), which ends a sequence."""
+    backend = byte_backend()
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend)
+
+
+def byte_backend() -> tokenizers.Tokenizer:
+    """One token per byte."""
     alphabet = _byte_alphabet()
     backend = tokenizers.Tokenizer(models.BPE(vocab=dict(zip(alphabet, range(256), strict=True)), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    return Tokenizer(backend)
+    return backend
 
 
 def _byte_alphabet() -> list[str]:
@@ -102,4 +108,18 @@ class FakeRunner:
         np.maximum.at(row, _LETTERS[: len(scores)], scores)
         if self._ends_after and self._ends_after(context):
             row[EOS] = 100.0
+        return row
+
+
+class ScriptedRunner(FakeRunner):
+    """Writes the same text for every prompt, one byte per token, and ends."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(num_blocks=1024)
+        self._script = [*text.encode(), EOS]
+
+    def _logits(self, context: list[int], chunk: Chunk) -> FloatArray:
+        written = len(context) - len(chunk.sequence.request.prompt_token_ids)
+        row = np.full(VOCAB_SIZE, -30.0, np.float32)
+        row[self._script[min(written, len(self._script) - 1)]] = 100.0
         return row

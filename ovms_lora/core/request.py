@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from ovms_lora.core.chat_template import TemplateSource
 from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.errors import OvmsLoraError
 from ovms_lora.core.sampling_params import SamplingParams
@@ -25,6 +26,10 @@ class HostAdapter(Protocol):
     @property
     def max_rank(self) -> int:
         """The largest rank of its modules: how many rank rows it takes."""
+
+    @property
+    def chat_template(self) -> TemplateSource | None:
+        """The chat template that came with it."""
 
 
 @dataclass(frozen=True, slots=True)

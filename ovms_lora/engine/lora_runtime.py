@@ -30,6 +30,8 @@ from ovms_lora.core.errors import (
 )
 from ovms_lora.core.names import check_alias
 from ovms_lora.core.request import AdapterUse
+from ovms_lora.engine.adapter_templates import AdapterTemplates
+from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Engine
 from ovms_lora.engine.lora_states import host_dtype
 from ovms_lora.engine.residency import LoraResidency
@@ -96,6 +98,7 @@ class LoraRuntime:
             max_cpu_loras=options.max_cpu_loras,
             dtype=host_dtype(self._dtype),
         )
+        self._templates = AdapterTemplates()
         self._composites: dict[str, CompositeSpec] = {}
         self._failures: dict[str, OvmsLoraError] = {}
         self._changing = threading.RLock()
@@ -165,7 +168,7 @@ class LoraRuntime:
                     "If you want to load the adapter in place, set 'load_inplace' to True."
                 )
             before = self.store.registered.get(spec.alias)
-            adapter = self.store.read(spec.folder)
+            adapter = self._read(spec.folder)
             self._cover(adapter)
             self.store.register(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
             self._pin()
@@ -191,7 +194,7 @@ class LoraRuntime:
         All of it is read and checked before anything changes. Raises AdapterError, AdapterNotFoundError or ConfigError.
         """
         with self._changing:
-            read = {spec.alias: self.store.read(spec.folder) for spec in config.adapters}
+            read = {spec.alias: self._read(spec.folder) for spec in config.adapters}
             for adapter in read.values():
                 self._cover(adapter)
             before = self.store.registered
@@ -236,10 +239,27 @@ class LoraRuntime:
         self._check_fits(uses)
         return tuple(uses)
 
+    def chat_template(self, uses: Sequence[AdapterUse]) -> ChatTemplate | None:
+        """Return the chat template that comes with the adapters of a request: that of a single one, if it has one.
+
+        Raises AdapterUnavailableError for one that is no template.
+        """
+        if len(uses) != 1:
+            return None
+        try:
+            return self._templates.of(uses[0].adapter)
+        except AdapterError as error:
+            raise AdapterUnavailableError(error) from error
+
+    def _read(self, folder: Path) -> Adapter:
+        adapter = self.store.read(folder)
+        self._templates.of(adapter)
+        return adapter
+
     def _register_all(self, config: LoraConfig) -> None:
         for spec in config.adapters:
             try:
-                adapter = self.store.read(spec.folder)
+                adapter = self._read(spec.folder)
             except OvmsLoraError as error:
                 self._failures[spec.alias] = error
                 log.error("adapter %s cannot be loaded: %s", spec.alias, error.message)
@@ -268,6 +288,7 @@ class LoraRuntime:
         """Get an adapter from the store; one that has changed in its folder may need another graph."""
         before = self.store.registered.get(alias)
         entry, adapter = self.store.get(alias)
+        self._templates.of(adapter)
         same = before is not None and before.digest == entry.digest
         if not (same and self._targets.paths >= adapter.layers.keys()):
             with self._changing:

@@ -6,7 +6,7 @@ The one place that reads a model folder: graph.pbtxt, config.json, generation_co
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph
+from ovms_lora.core.request import AdapterUse
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
+from ovms_lora.engine.output_parsers.formats import check_parser_names
 from ovms_lora.engine.runner import GraphSource, OpenVinoRunner
 from ovms_lora.engine.tokenizer import Tokenizer
 
@@ -49,6 +51,14 @@ class LoadedModel:
     options: EngineOptions
     lora: LoraRuntime | None = None
 
+    def chat_template_for(self, adapters: Sequence[AdapterUse]) -> ChatTemplate | None:
+        """Return the template for a request: its adapter's own, else the model's, None without either.
+
+        A sum of several adapters speaks as the model does. Raises AdapterUnavailableError.
+        """
+        own = self.lora.chat_template(adapters) if self.lora else None
+        return own or self.chat_template
+
 
 def load_model(
     folder: Path,
@@ -64,6 +74,7 @@ def load_model(
     """
     folder, options = read_options(folder)
     options = replace(options, plugin_config={**options.plugin_config, **(plugin_config or {})})
+    check_parser_names(options.tool_parser, options.reasoning_parser)
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder, options.generation_config_path)

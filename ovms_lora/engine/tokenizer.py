@@ -11,6 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from ovms_lora.core.errors import ModelFolderError
+from ovms_lora.engine.special_tokens import SpecialTokens, Unmarked
 
 _REPLACEMENT = "�"
 _CHARACTER = 4  # bytes, and so tokens, of the longest character
@@ -24,6 +25,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self.special_tokens = SpecialTokens(backend)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -48,6 +50,28 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         token_ids: list[int] = encodings[0].ids
         return token_ids
+
+    def encode_rendered(self, rendered: Unmarked) -> list[int]:
+        """Return the token ids of a text that a chat template has written, special tokens included.
+
+        Where the text was marked as a client's, it holds none.
+        """
+        if not rendered.places:
+            return self.encode(rendered.text, add_special_tokens=False)
+        encoding = self._backend.encode_batch([rendered.text], add_special_tokens=False)[0]
+        token_ids: list[int] = []
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            plain = self.special_tokens.plain_ids.get(token_id)
+            span = rendered.text[start:end]
+            before, after = len(span) - len(span.lstrip()), len(span.rstrip())  # some tokens take the space around them
+            if plain is None or not rendered.inside(start + before, start + after):
+                token_ids.append(token_id)
+            else:
+                token_ids += self._plain(span[:before]) + plain + self._plain(span[after:])
+        return token_ids
+
+    def _plain(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False) if text else []
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that form no character become U+FFFD."""

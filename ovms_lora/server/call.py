@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ovms_lora.core.constraint import ConstraintSpec
 from ovms_lora.core.errors import InvalidFieldError
 from ovms_lora.core.request import AdapterUse, GenerationRequest, SequenceOutput, TokenLogprob
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.engine.output_parsers.parser import Grammar, plain
 from ovms_lora.server.adapter_choice import AdapterChoice
 
 if TYPE_CHECKING:
@@ -27,7 +29,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One client request: prompts to continue, `sampling.n` times each, and how to answer."""
+    """One client request: prompts to continue, `sampling.n` times each, and how to answer.
+
+    `constraint` is what the text must match, `grammar` how reasoning and tool calls are told from content in it.
+    """
 
     id: str
     created: int
@@ -42,6 +47,8 @@ class Call:
     wants_prompt_logprobs: bool = False
     cache_salt: str = ""
     adapters: AdapterChoice = field(default_factory=AdapterChoice)
+    constraint: ConstraintSpec | None = None
+    grammar: Grammar = plain
 
     @property
     def prompt_tokens(self) -> int:

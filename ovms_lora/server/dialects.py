@@ -5,7 +5,7 @@ Owns the type; its two values stand in `v3` and `v1`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ovms_lora.server.sampling import SamplingDefaults
 from ovms_lora.server.shapes import ChoiceShape, ShapeStyle
 
 if TYPE_CHECKING:
+    from ovms_lora.core.request import AdapterUse
     from ovms_lora.engine.model import LoadedModel
     from ovms_lora.server.model_cards import ModelCard
 
@@ -28,14 +29,16 @@ if TYPE_CHECKING:
 class Endpoint:
     """One way to ask for text: its fields, how prompts come out of them, how the answer looks.
 
-    `max_tokens` is the default (None: until EOS or the model's length).
+    `max_tokens` is the default (None: until EOS or the model's length). `is_chat` tells of templates to render, which
+    waits for another process, and of answers to be read for reasoning and tool calls.
     """
 
     id_prefix: str
     table: Table
-    prompts: Callable[[Values, LoadedModel], tuple[Prompt, ...]]
+    prompts: Callable[[Values, LoadedModel, Sequence[AdapterUse]], tuple[Prompt, ...]]
     shape: Callable[[Call, ShapeStyle, TokenText], ChoiceShape]
     max_tokens: int | None = None
+    is_chat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,6 @@ class Dialect:
     style: ShapeStyle
     check_content_type: Callable[[str], None]
     model_name: Callable[[Mapping[str, Any], ModelRegistry], str]
-    tokenize: Callable[[Mapping[str, Any], LoadedModel], dict[str, Any]]
+    tokenize: Callable[[Mapping[str, Any], LoadedModel, Sequence[AdapterUse]], dict[str, Any]]
     card: Callable[[ModelCard], dict[str, Any]]
     no_such_card: Callable[[str], Response]

@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -24,13 +24,15 @@ from ovms_lora.server.body import parse_object
 from ovms_lora.server.call import Call, Choices
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.disconnect import unless_gone
-from ovms_lora.server.fields import Table
+from ovms_lora.server.fields import Table, Values
 from ovms_lora.server.sampling import sampling_params, token_budget
 from ovms_lora.server.shapes import Answer, ChoiceShape
 from ovms_lora.server.sse import EventStream, event
 from ovms_lora.server.state import ServerState, state_of
+from ovms_lora.server.tool_use import ToolUse
 
 if TYPE_CHECKING:
+    from ovms_lora.engine.model import LoadedModel
     from ovms_lora.server.metrics import CallMetrics
     from ovms_lora.server.registry import Selection, ServedModel
 
@@ -51,8 +53,10 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
     selection = await server.select(dialect.model_name(document, server.registry))
     metrics = server.metrics.begin(dialect.name, selection.served.name, streamed=document.get("stream") is True)
     try:
-        call = await server.workers.run(size, _call, document, selection.served, dialect, endpoint)
-        uses = await server.uses(selection, call.adapters)
+        values = await server.workers.run(size, _values, document, selection.served, endpoint)
+        uses = await server.uses(selection, AdapterChoice.of(values))
+        asked = _Asked(values, document.get("model") or selection.served.name, uses)
+        call = await _prepared(server, size, asked, selection.served, dialect, endpoint)
         metrics.use(call.adapters.names(selection), call.prompt_tokens)
         work = _Work(server, selection, call, uses, dialect, endpoint, metrics)
         return await (work.streamed(request) if call.stream else work.whole(request))
@@ -61,18 +65,45 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
         raise
 
 
-def _call(document: Mapping[str, Any], served: ServedModel, dialect: Dialect, endpoint: Endpoint) -> Call:
-    """Return the request as this server works on it. Raises InvalidFieldError."""
-    model = served.model
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The checked fields of a request, the model as it names it, and its adapters."""
+
+    values: Values
+    model: str
+    uses: tuple[AdapterUse, ...]
+
+
+def _values(document: Mapping[str, Any], served: ServedModel, endpoint: Endpoint) -> Values:
+    """Return the checked fields. Raises InvalidFieldError."""
     values = endpoint.table.read(document, served.limits)
     tell_of_unknown(document, endpoint.table)
+    return values
+
+
+async def _prepared(
+    server: ServerState, size: int, asked: _Asked, served: ServedModel, dialect: Dialect, endpoint: Endpoint
+) -> Call:
+    """Return the request as this server works on it. Raises InvalidFieldError."""
+    if not endpoint.is_chat:
+        return await server.workers.run(size, _call, asked, served, dialect, endpoint)
+    if not asked.uses:
+        return await server.workers.compute(_call, asked, served, dialect, endpoint)
+    # An adapter's own template may be anybody's: it keeps no one waiting but those who use adapters.
+    return await server.workers.block(_call, asked, served, dialect, endpoint)
+
+
+def _call(asked: _Asked, served: ServedModel, dialect: Dialect, endpoint: Endpoint) -> Call:
+    model, values = served.model, asked.values
     options = values.get("stream_options", {})
-    return Call(
+    prompts = endpoint.prompts(values, model, asked.uses)
+    sampling = sampling_params(values, model.generation_defaults, dialect.defaults)
+    call = Call(
         id=f"{endpoint.id_prefix}-{secrets.token_hex(16)}",
         created=int(time.time()),
-        model=document.get("model") or served.name,
-        prompts=endpoint.prompts(values, model),
-        sampling=sampling_params(values, model.generation_defaults, dialect.defaults),
+        model=asked.model,
+        prompts=prompts,
+        sampling=sampling,
         budget=token_budget(values, model.generation_defaults, model.options.max_tokens_limit, endpoint.max_tokens),
         stream=values.get("stream", False),
         include_usage=options.get("include_usage", False),
@@ -82,6 +113,17 @@ def _call(document: Mapping[str, Any], served: ServedModel, dialect: Dialect, en
         cache_salt=values.get("cache_salt", ""),
         adapters=AdapterChoice.of(values),
     )
+    return _with_tools(call, ToolUse.of(values), model) if endpoint.is_chat else call
+
+
+def _with_tools(call: Call, tools: ToolUse, model: LoadedModel) -> Call:
+    """Add how a chat's answer is forced to be and read."""
+    sampling = call.sampling
+    if tools.needs_special_tokens(model):
+        sampling = replace(sampling, skip_special_tokens=False)
+    constraint = tools.constraint() or call.constraint
+    grammar = tools.grammar(model, call.prompts[0].text, constrained=constraint is not None)
+    return replace(call, sampling=sampling, constraint=constraint, grammar=grammar)
 
 
 def tell_of_unknown(document: Mapping[str, Any], table: Table) -> None:
@@ -157,8 +199,7 @@ class _Work:
             choice.started = True
             opening = shape.first_delta(choice)
             written += [opening] if opening else []
-        if output.text or output.finished or output.logprobs:
-            written.append(shape.delta(choice, output))
+        written += shape.deltas(choice, output)
         return [event(answer.chunk(delta, usage)) for delta in written]
 
     def _shape(self) -> ChoiceShape:

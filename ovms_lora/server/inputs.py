@@ -5,6 +5,7 @@ Owns the structured fields that both dialects share; knows nothing of tokens.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ovms_lora.server.fields import Check
@@ -58,7 +59,36 @@ def _message(value: Any) -> dict[str, Any]:
         raise ValueError("Message is not a JSON object")
     if not isinstance(value.get("role"), str):
         raise ValueError("Every message must have 'role' field")
-    return {**value, "content": _content(value.get("content"))}
+    message = {**value, "content": _content(value.get("content"))}
+    calls = _tool_calls(message.pop("tool_calls", None))
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    """Earlier calls of the assistant, their arguments as the objects that templates expect."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ValueError("tool_calls must be an array")
+    return [_tool_call(call) for call in value]
+
+
+def _tool_call(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("Each tool_call must be an object")
+    function = value.get("function")
+    if not isinstance(function, dict):
+        raise ValueError("Each tool_call must have a 'function' object")
+    return {**value, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+
+
+def _arguments(value: Any) -> Any:
+    if not isinstance(value, str):
+        return {} if value is None else value
+    try:
+        return json.loads(value) if value.strip() else {}
+    except (ValueError, RecursionError):
+        return value  # a model wrote it, and the conversation goes on
 
 
 def _content(value: Any) -> str:
@@ -120,35 +150,6 @@ def stream_options(*accepted: str) -> Check:
         return value
 
     return check
-
-
-def tools(value: Any) -> list[dict[str, Any]]:
-    """An array of function tools. Raises ValueError."""
-    if not isinstance(value, list):
-        raise ValueError("Tools are not an array")
-    for tool in value:
-        if not isinstance(tool, dict):
-            raise ValueError("Tool is not a JSON object")
-        if tool.get("type") != "function":
-            raise ValueError("Only function tools are supported")
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError("Function object does not contain a valid name")
-    return value
-
-
-def tool_choice(value: Any) -> Any:
-    """`none`, `auto`, `required`, or an object that names a function. Raises ValueError."""
-    if isinstance(value, str):
-        if value not in ("none", "auto", "required"):
-            raise ValueError("tool_choice should be either 'none' or 'auto' or 'required'")
-        return value
-    if not isinstance(value, dict):
-        raise ValueError("tool_choice is not a valid JSON object or string")
-    function = value.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError("tool_choice.function is not a valid JSON object")
-    return value
 
 
 def response_format(value: Any) -> Any:

@@ -27,7 +27,10 @@ from ovms_lora.engine.lora_runtime import AdapterSpec, CompositeSpec, LoraConfig
 
 # A re-export replaces these; their identity tells that the same path holds another model.
 _TELLING_FILES = ("openvino_model.xml", "openvino_model.bin", "graph.pbtxt", "ovms_lora_manifest.json")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors"),
+    *("chat_template.jinja", "tokenizer_config.json"),
+)
 
 FileIdentity = tuple[int, int, int]
 

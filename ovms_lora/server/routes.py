@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from ovms_lora.server.adapter_choice import AdapterChoice
 from ovms_lora.server.dialects import Dialect
 from ovms_lora.server.generation import generate, read_document
 from ovms_lora.server.model_cards import card_of, listed_cards
@@ -30,8 +31,12 @@ def dialect_router(dialect: Dialect) -> APIRouter:
         """Return the tokens of a text."""
         document, size = await read_document(request, dialect)
         server = state_of(request)
-        model = (await server.select(dialect.model_name(document, server.registry))).served.model
-        return JSONResponse(await server.workers.run(size, dialect.tokenize, document, model))
+        selection = await server.select(dialect.model_name(document, server.registry))
+        model = selection.served.model
+        if "messages" not in document:
+            return JSONResponse(await server.workers.run(size, dialect.tokenize, document, model, ()))
+        uses = await server.uses(selection, AdapterChoice())
+        return JSONResponse(await server.workers.block(dialect.tokenize, document, model, uses))
 
     @router.get("/models")
     async def models(request: Request) -> Response:

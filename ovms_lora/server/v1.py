@@ -10,13 +10,14 @@ from starlette.responses import Response
 
 from ovms_lora.core.errors import InvalidFieldError, ModelNotFoundError
 from ovms_lora.server import v1_fields
+from ovms_lora.server.chat_shape import ChatShape
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.errors import OPENAI_ERRORS
 from ovms_lora.server.model_cards import ModelCard
 from ovms_lora.server.prompts import chat_prompts, completion_prompts
 from ovms_lora.server.registry import ModelRegistry
 from ovms_lora.server.routes import dialect_router
-from ovms_lora.server.shapes import ChatShape, CompletionShape, ShapeStyle
+from ovms_lora.server.shapes import CompletionShape, ShapeStyle
 from ovms_lora.server.tokenize import vllm_tokenize
 
 _DEFAULT_TOKENS = 16
@@ -58,7 +59,7 @@ V1 = Dialect(
     name="V1",
     prefix="/v1",
     completions=Endpoint("cmpl", v1_fields.COMPLETIONS, completion_prompts, CompletionShape, _DEFAULT_TOKENS),
-    chat=Endpoint("chatcmpl", v1_fields.CHAT, chat_prompts, ChatShape),
+    chat=Endpoint("chatcmpl", v1_fields.CHAT, chat_prompts, ChatShape, is_chat=True),
     defaults=v1_fields.DEFAULTS,
     errors=OPENAI_ERRORS,
     style=ShapeStyle(completion_chunk="text_completion", openai=True),

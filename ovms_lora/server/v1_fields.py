@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ovms_lora.server import inputs
+from ovms_lora.server import inputs, tool_fields
 from ovms_lora.server.fields import (
     INT64_MAX,
     UINT32_MAX,
@@ -147,8 +147,9 @@ _CHAT = (
     _integer("max_completion_tokens", 0),
     _boolean("logprobs"),
     _integer("top_logprobs", 0, 20),
-    Field("tools", inputs.tools),
-    Field("tool_choice", inputs.tool_choice),
+    Field("tools", tool_fields.vllm_tools),
+    Field("tool_choice", tool_fields.vllm_tool_choice),
+    _boolean("parallel_tool_calls"),
     Field("chat_template_kwargs", an_object("chat_template_kwargs must be an object")),
     Field("reasoning_effort", text("reasoning_effort must be a string")),
     _boolean("add_generation_prompt"),
@@ -162,7 +163,7 @@ _CHAT = (
     unsupported("documents", []),
     unsupported("web_search_options"),
     *_ignored(
-        "metadata", "store", "service_tier", "parallel_tool_calls", "prediction", "safety_identifier",
+        "metadata", "store", "service_tier", "prediction", "safety_identifier",
         "prompt_cache_key", "verbosity",
     ),
 )  # fmt: skip
@@ -218,11 +219,9 @@ _CHAT_TOGETHER = (
         "when using `top_logprobs`, `logprobs` must be set to true.",
     ),
     Together("prompt_logprobs", given("prompt_logprobs"), "prompt_logprobs is not supported for chat completions"),
-    Together(
-        "tool_choice",
-        lambda v, _: v.get("tool_choice", "auto") not in ("auto", "none"),
-        "tool_choice other than auto and none is not supported",
-    ),
+    tool_fields.NEEDS_TOOLS,
+    tool_fields.NAMES_A_TOOL,
+    tool_fields.ONE_CONSTRAINT,
 )
 
 COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)

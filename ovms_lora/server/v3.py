@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from ovms_lora.core.errors import InvalidFieldError, MalformedBodyError, ModelNotFoundError
 from ovms_lora.server import v3_fields
+from ovms_lora.server.chat_shape import ChatShape
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.errors import OVMS_ERRORS
 from ovms_lora.server.generation import read_document
@@ -17,7 +18,7 @@ from ovms_lora.server.model_cards import ModelCard
 from ovms_lora.server.prompts import chat_prompts, completion_prompts
 from ovms_lora.server.registry import ModelRegistry
 from ovms_lora.server.routes import dialect_router
-from ovms_lora.server.shapes import ChatShape, CompletionShape, ShapeStyle
+from ovms_lora.server.shapes import CompletionShape, ShapeStyle
 from ovms_lora.server.state import state_of
 from ovms_lora.server.tokenize import ovms_tokenize
 
@@ -54,7 +55,7 @@ V3 = Dialect(
     name="V3",
     prefix="/v3",
     completions=Endpoint("cmpl", v3_fields.COMPLETIONS, completion_prompts, CompletionShape),
-    chat=Endpoint("chatcmpl", v3_fields.CHAT, chat_prompts, ChatShape),
+    chat=Endpoint("chatcmpl", v3_fields.CHAT, chat_prompts, ChatShape, is_chat=True),
     defaults=v3_fields.DEFAULTS,
     errors=OVMS_ERRORS,
     style=ShapeStyle(completion_chunk="text_completion.chunk", openai=False),

@@ -5,7 +5,7 @@ Owns the OVMS dialect's table and defaults; what the checks do stands in `fields
 
 from __future__ import annotations
 
-from ovms_lora.server import inputs
+from ovms_lora.server import inputs, tool_fields
 from ovms_lora.server.fields import (
     UINT32_MAX,
     Field,
@@ -100,8 +100,9 @@ _CHAT = (
         integer("top_logprobs accepts integer values"),
         within(0, 20, "top_logprobs out of range [0, 20]"),
     ),
-    Field("tools", inputs.tools),
-    Field("tool_choice", inputs.tool_choice),
+    Field("tool_choice", tool_fields.ovms_tool_choice),
+    Field("tools", tool_fields.ovms_tools),
+    Field("parallel_tool_calls", boolean("parallel_tool_calls is not a bool")),
     Field("chat_template_kwargs", an_object("chat_template_kwargs must be an object")),
     Field("add_generation_prompt", boolean("add_generation_prompt is not a bool")),
     Field(
@@ -177,11 +178,8 @@ _CHAT_TOGETHER = (
         lambda v, _: "top_logprobs" in v and not v.get("logprobs"),
         "top_logprobs requires logprobs to be true",
     ),
-    Together(
-        "tool_choice",
-        lambda v, _: v.get("tool_choice", "auto") not in ("auto", "none"),
-        "tool_choice other than auto and none is not supported",
-    ),
+    tool_fields.NAMES_A_TOOL,
+    tool_fields.ONE_CONSTRAINT,
 )
 
 COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)

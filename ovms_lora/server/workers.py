@@ -30,6 +30,10 @@ class Workers:
         """Call `work`: in a thread, or right here when `size` bytes of input are quicker than the way there."""
         if size <= _INLINE_BYTES:
             return work(*args, **kwargs)
+        return await self.compute(work, *args, **kwargs)
+
+    async def compute(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `work` in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *args, **kwargs))
 
     async def block(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

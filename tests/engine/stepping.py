@@ -23,6 +23,7 @@ class FakeAdapter:
 
     digest: str
     max_rank: int = 4
+    chat_template: None = None
 
 
 class ContextRunner(FakeRunner):

@@ -66,12 +66,25 @@ COMPLETIONS_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("prompt_logprobs", {"prompt_logprobs": 1, "stream": True}),
 ]
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
 CHAT_REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("messages", {"messages": []}),
     ("max_completion_tokens", {"max_completion_tokens": "x"}),
     ("logprobs", {"logprobs": 1}),
     ("top_logprobs", {"top_logprobs": 2}),
     ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+    ("tool_choice", {"tool_choice": "auto"}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": "maybe"}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": {"function": "f"}}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": {"function": {}}}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": {"function": {"name": ""}}}),
+    ("tool_choice", {"tools": TOOLS, "tool_choice": {"function": {"name": "g"}}}),
+    ("tools", {"tools": {}}),
+    ("tools", {"tools": [{"type": "web_search"}]}),
+    ("tools", {"tools": [{"type": "function", "function": {"name": ""}}]}),
+    ("parallel_tool_calls", {"parallel_tool_calls": "no"}),
+    ("chat_template_kwargs", {"chat_template_kwargs": {"add_generation_prompt": True}}),
     ("functions", {"functions": [{"name": "f"}]}),
     ("audio", {"audio": {"voice": "x"}}),
     ("modalities", {"modalities": ["audio"]}),

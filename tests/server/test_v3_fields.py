@@ -108,6 +108,8 @@ COMPLETIONS_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"echo": 1}, "echo accepts values true or false"),
 ]
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
 CHAT_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": None}, "Messages are not an array"),
     ({"messages": {}}, "Messages are not an array"),
@@ -139,7 +141,27 @@ CHAT_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 1}, "top_logprobs requires logprobs to be true"),
     ({"tools": {}}, "Tools are not an array"),
     ({"tool_choice": "maybe"}, "tool_choice should be either 'none' or 'auto' or 'required'"),
-    ({"tool_choice": "required"}, "tool_choice other than auto and none is not supported"),
+    ({"tool_choice": 1}, "tool_choice is not a valid JSON object or string"),
+    ({"tool_choice": {}}, "tool_choice.function is not a valid JSON object"),
+    ({"tool_choice": {"function": {"name": 1}}}, "tool_choice.function.name is not a valid string"),
+    (
+        {"tools": TOOLS, "tool_choice": {"function": {"name": "g"}}},
+        "The tool specified in `tool_choice` does not match any of the specified `tools`",
+    ),
+    ({"tools": ["f"]}, "Tool is not a JSON object"),
+    ({"tools": [{"type": 1}]}, "Tool type is missing or invalid"),
+    ({"tools": [{"type": "function", "function": "f"}]}, "Function is not a valid JSON object"),
+    ({"tools": [{"type": "function", "function": {}}]}, "Function object does not contain a valid name field"),
+    ({"tools": [{"function": {"name": "f", "parameters": [1]}}]}, "Function parameters are not a valid JSON object"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls is not a bool"),
+    ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "tool_calls must be an array"),
+    ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "Each tool_call must be an object"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "Each tool_call must have a 'function' object"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs cannot hold tools"),
+    (
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        "chat_template_kwargs cannot hold add_generation_prompt",
+    ),
     ({"chat_template_kwargs": []}, "chat_template_kwargs must be an object"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs cannot hold messages"),
 ]
@@ -147,7 +169,16 @@ CHAT_REFUSED: list[tuple[dict[str, Any], str]] = [
 OPTIONAL = (
     *("temperature", "top_p", "min_p", "top_k", "frequency_penalty", "presence_penalty", "repetition_penalty"),
     *("length_penalty", "seed", "stop", "include_stop_str_in_output", "n", "best_of", "logprobs", "top_logprobs"),
-    *("echo", "ignore_eos", "skip_special_tokens", "stream_options", "tools", "tool_choice", "response_format"),
+    *(
+        "echo",
+        "ignore_eos",
+        "skip_special_tokens",
+        "stream_options",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "parallel_tool_calls",
+    ),
     *("chat_template_kwargs", "lora_alphas", "lora", "max_completion_tokens"),
 )
 
@@ -192,7 +223,12 @@ CHAT_ACCEPTED: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
     {"logprobs": True, "top_logprobs": 20},
     {"max_tokens": 0, "max_completion_tokens": 3},
-    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
+    {"tools": TOOLS, "tool_choice": "auto"},
+    {"tools": TOOLS, "tool_choice": "none", "parallel_tool_calls": False},
+    {"tools": [*TOOLS, {"type": "web_search"}]},
+    {"tools": [], "tool_choice": "required"},
+    {"tool_choice": "required"},
+    {"messages": [{"role": "assistant", "tool_calls": None}, {"role": "tool", "tool_call_id": "x", "content": "5"}]},
     {"chat_template_kwargs": {"enable_thinking": False}},
 ]
 

@@ -327,5 +327,5 @@ def test_any_splitting_gives_the_same_result(names: tuple[str, str], text: str, 
 @settings(max_examples=200, deadline=None)
 def test_any_splitting_of_a_forced_call_gives_the_same_result(text: str, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(text)))
-    for make in (lambda: forced.required, lambda: forced.named("f")):
-        assert parse(make(), text[:cut], text[cut:]) == parse(make(), text)
+    for grammar in (forced.required, forced.named("f")):
+        assert parse(grammar, text[:cut], text[cut:]) == parse(grammar, text)

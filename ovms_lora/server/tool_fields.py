@@ -1,0 +1,111 @@
+"""The fields `tools` and `tool_choice` as the dialects check them, with their messages.
+
+Owns the checks; what a choice means stands in `tool_use`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ovms_lora.server.fields import ModelLimits, Together, Values
+
+log = logging.getLogger(__name__)
+
+_WORDS = ("none", "auto", "required")
+_USAGE = 'Correct usage: `{"type": "function", "function": {"name": "my_function"}}`'
+
+
+def ovms_tools(value: Any) -> list[dict[str, Any]]:
+    """An array of tools, of which those that are no functions are left out, as OVMS does. Raises ValueError."""
+    if not isinstance(value, list):
+        raise ValueError("Tools are not an array")
+    functions = [tool for tool in value if _is_function(tool)]
+    if len(functions) < len(value):
+        log.warning("%d tools that are no functions are left out", len(value) - len(functions))
+    return functions
+
+
+def _is_function(tool: Any) -> bool:
+    if not isinstance(tool, dict):
+        raise ValueError("Tool is not a JSON object")
+    if not isinstance(tool.get("type", "function"), str):
+        raise ValueError("Tool type is missing or invalid")
+    if tool.get("type", "function") != "function":
+        return False
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        raise ValueError("Function is not a valid JSON object")
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError("Function object does not contain a valid name field")
+    if not isinstance(function.get("parameters") or {}, dict):
+        raise ValueError("Function parameters are not a valid JSON object")
+    return True
+
+
+def vllm_tools(value: Any) -> list[dict[str, Any]]:
+    """An array of functions. Raises ValueError."""
+    if not isinstance(value, list):
+        raise ValueError("tools must be an array")
+    if not all(map(_is_function, value)):
+        raise ValueError("tools must have the type function")
+    return value
+
+
+def ovms_tool_choice(value: Any) -> Any:
+    """`none`, `auto`, `required`, or an object that names a function. Raises ValueError."""
+    if isinstance(value, str):
+        if value not in _WORDS:
+            raise ValueError("tool_choice should be either 'none' or 'auto' or 'required'")
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("tool_choice is not a valid JSON object or string")
+    function = value.get("function")
+    if not isinstance(function, dict):
+        raise ValueError("tool_choice.function is not a valid JSON object")
+    if not isinstance(function.get("name"), str):
+        raise ValueError("tool_choice.function.name is not a valid string")
+    return value
+
+
+def vllm_tool_choice(value: Any) -> Any:
+    """As `ovms_tool_choice`, with vLLM's messages. Raises ValueError."""
+    if isinstance(value, str) and value in _WORDS:
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'Invalid value for `tool_choice`: {value}! Only named tools, "none", "auto" or "required" are supported.'
+        )
+    function = value.get("function")
+    if not isinstance(function, dict):
+        raise ValueError(f"Invalid value for `function`: `{function}` in `tool_choice`! {_USAGE}")
+    if "name" not in function:
+        raise ValueError(f"Expected field `name` in `function` in `tool_choice`! {_USAGE}")
+    if not isinstance(function["name"], str) or not function["name"]:
+        raise ValueError(f"Invalid `name` in `function`: `{function['name']}` in `tool_choice`! {_USAGE}")
+    return value
+
+
+def _names_no_tool(values: Values, _: ModelLimits) -> bool:
+    choice = values.get("tool_choice")
+    names = [tool["function"]["name"] for tool in values.get("tools", ())]
+    return isinstance(choice, dict) and "tools" in values and choice["function"]["name"] not in names
+
+
+NEEDS_TOOLS = Together(
+    "tool_choice",
+    lambda values, _: values.get("tool_choice", "none") != "none" and "tools" not in values,
+    "When using `tool_choice`, `tools` must be set.",
+)
+NAMES_A_TOOL = Together(
+    "tool_choice", _names_no_tool, "The tool specified in `tool_choice` does not match any of the specified `tools`"
+)
+ONE_CONSTRAINT = Together(
+    "response_format",
+    lambda values, _: (
+        values.get("tool_choice", "auto") not in ("none", "auto")
+        and bool(values.get("tools"))
+        and values.get("response_format", {}).get("type", "text") != "text"
+    ),
+    "response_format cannot go together with a tool_choice that forces a call",
+)
