@@ -74,7 +74,6 @@ def load_model(
     """
     folder, options = read_options(folder)
     options = replace(options, plugin_config={**options.plugin_config, **(plugin_config or {})})
-    check_parser_names(options.tool_parser, options.reasoning_parser)
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder, options.generation_config_path)
@@ -98,7 +97,10 @@ def load_model(
 
 
 def read_options(folder: Path) -> tuple[Path, EngineOptions]:
-    """Return the folder that holds the IR, and the options of graph.pbtxt where there is one."""
+    """Return the folder that holds the IR, and the options of graph.pbtxt where there is one.
+
+    Raises ModelFolderError.
+    """
     if not folder.is_dir():
         raise ModelFolderError(f"{folder} is not a folder", hint="check base_path or --model_path")
     path = folder / "graph.pbtxt"
@@ -108,6 +110,7 @@ def read_options(folder: Path) -> tuple[Path, EngineOptions]:
         graph = parse_graph(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ModelFolderError(f"cannot read {path}: {error}") from error
+    check_parser_names(graph.options.tool_parser, graph.options.reasoning_parser)
     return (folder / graph.models_path).resolve(), graph.options
 
 
