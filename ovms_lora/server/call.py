@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.errors import InvalidFieldError
 from ovms_lora.core.request import AdapterUse, GenerationRequest, SequenceOutput, TokenLogprob
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.server.adapter_choice import AdapterChoice
+from ovms_lora.server.constraints import AskedConstraint
 
 if TYPE_CHECKING:
     from ovms_lora.server.sampling import TokenBudget
@@ -42,6 +44,7 @@ class Call:
     wants_prompt_logprobs: bool = False
     cache_salt: str = ""
     adapters: AdapterChoice = field(default_factory=AdapterChoice)
+    constraint: AskedConstraint | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -49,7 +52,11 @@ class Call:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     def requests(
-        self, max_model_len: int, adapters: tuple[AdapterUse, ...], deadline: float
+        self,
+        max_model_len: int,
+        adapters: tuple[AdapterUse, ...],
+        deadline: float,
+        constraint: TokenConstraint | None = None,
     ) -> list[GenerationRequest]:
         """Return one engine request per prompt. Raises InvalidFieldError where the token numbers do not fit."""
         return [
@@ -60,6 +67,7 @@ class Call:
                 adapters=adapters,
                 cache_salt=self.cache_salt,
                 deadline=deadline,
+                constraint=constraint,
             )
             for number, prompt in enumerate(self.prompts)
         ]
