@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ovms_lora.core.errors import OvmsLoraError
+
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -43,7 +45,10 @@ class TokenMatcher(Protocol):
     """How far one sequence has come in its constraint. It lives as long as the sequence, preempted or not."""
 
     def allowed(self, width: int) -> BoolArray:
-        """Return which of the `width` tokens of the vocabulary may come next; EOS only where the text may end."""
+        """Return which of the `width` tokens of the vocabulary may come next; EOS only where the text may end.
+
+        None may when the matcher has failed.
+        """
 
     def accept(self, token_id: int) -> None:
         """Go on with a token that was allowed."""
@@ -51,6 +56,10 @@ class TokenMatcher(Protocol):
     @property
     def finished(self) -> bool:
         """Whether the text is complete and nothing but EOS may follow."""
+
+    @property
+    def failure(self) -> OvmsLoraError | None:
+        """Why the matcher cannot go on, for instance because the text has become too ambiguous to follow."""
 
 
 class TokenConstraint(Protocol):

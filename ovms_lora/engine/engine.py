@@ -300,8 +300,7 @@ class Engine:
             picked = logits if len(rows) == len(logits) else logits[rows]
             for sequence, sampled in zip(sampling, self._sampler.sample(picked, sampling), strict=True):
                 if sampled is None:
-                    error = EngineError("the model gave no finite logits")
-                    outputs.append((sequence, self._output.failed(sequence, error)))
+                    outputs.append((sequence, self._output.failed(sequence, _nothing_to_choose(sequence))))
                 else:
                     outputs.append((sequence, self._output.token(sequence, sampled)))
             self._generation_tokens += len(sampling)
@@ -353,6 +352,11 @@ class Engine:
         ]
         if outputs:
             self._deliver(outputs)
+
+
+def _nothing_to_choose(sequence: Sequence) -> OvmsLoraError:
+    failure = sequence.matcher.failure if sequence.matcher else None
+    return failure or EngineError("the model gave no finite logits")
 
 
 def _limits(options: EngineOptions) -> SchedulerLimits:

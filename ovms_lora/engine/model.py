@@ -20,6 +20,7 @@ from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
 from ovms_lora.engine.output_parsers.formats import check_parser_names
 from ovms_lora.engine.runner import GraphSource, OpenVinoRunner
+from ovms_lora.engine.structured import ConstraintCompiler
 from ovms_lora.engine.tokenizer import Tokenizer
 
 _DEFAULT_MAX_LEN = 2048
@@ -49,6 +50,7 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     generation_defaults: GenerationDefaults
     options: EngineOptions
+    constraints: ConstraintCompiler
     lora: LoraRuntime | None = None
 
     def chat_template_for(self, adapters: Sequence[AdapterUse]) -> ChatTemplate | None:
@@ -78,6 +80,7 @@ def load_model(
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder, options.generation_config_path)
     max_model_len = read_max_model_len(folder)
+    constraints = ConstraintCompiler(tokenizer, defaults.eos_token_ids)
     graphs = GraphSource(folder, options)
     runtime = LoraRuntime(graphs, lora) if lora else None
     runner = OpenVinoRunner(runtime.compile() if runtime else graphs.compile(), options, max_model_len=max_model_len)
@@ -93,7 +96,7 @@ def load_model(
     if runtime:
         runtime.attach(engine, runner)
     engine.start()
-    return LoadedModel(folder, engine, tokenizer, template, defaults, options, runtime)
+    return LoadedModel(folder, engine, tokenizer, template, defaults, options, constraints, runtime)
 
 
 def read_options(folder: Path) -> tuple[Path, EngineOptions]:

@@ -110,6 +110,9 @@ class OutputProcessor:
 
     def _ending(self, sequence: Sequence, token_id: int) -> _Ending:
         sampling = sequence.request.sampling
+        matcher = sequence.matcher
+        if matcher is not None and matcher.finished:
+            return _Ending(FinishReason.STOP, hides_token=token_id in self._eos)
         if sequence.num_output >= sampling.min_tokens:
             if token_id in self._eos and not sampling.ignore_eos:
                 return _Ending(FinishReason.STOP, hides_token=True)

@@ -15,6 +15,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from ovms_lora.core.constraint import TokenMatcher
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.engine.block_pool import PrefixKey, prefix_key, prefix_root
 
@@ -40,6 +41,7 @@ class Sequence:
 
     `token_ids` are prompt and output together; the first `num_computed` of them have keys and values in `blocks`.
     `num_cached` of the prompt's were found in the cache when the sequence was first admitted; None before that.
+    `matcher` follows the request's constraint along the output; it has no part in a preemption.
     """
 
     request: GenerationRequest
@@ -52,11 +54,14 @@ class Sequence:
     strengths: npt.NDArray[np.float32] | None = None
     arrival: int = 0
     bypassed: int = 0
+    matcher: TokenMatcher | None = None
     _keys: list[PrefixKey] = field(default_factory=list)
     _rng: np.random.Generator | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        if self.request.constraint is not None:
+            self.matcher = self.request.constraint.matcher()
 
     @property
     def num_tokens(self) -> int:

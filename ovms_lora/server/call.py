@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ovms_lora.core.constraint import ConstraintSpec
+from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.errors import InvalidFieldError
 from ovms_lora.core.request import AdapterUse, GenerationRequest, SequenceOutput, TokenLogprob
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine.output_parsers.parser import Grammar, plain
 from ovms_lora.server.adapter_choice import AdapterChoice
+from ovms_lora.server.constraints import AskedConstraint
 
 if TYPE_CHECKING:
     from ovms_lora.server.sampling import TokenBudget
@@ -47,7 +48,7 @@ class Call:
     wants_prompt_logprobs: bool = False
     cache_salt: str = ""
     adapters: AdapterChoice = field(default_factory=AdapterChoice)
-    constraint: ConstraintSpec | None = None
+    constraint: AskedConstraint | None = None
     grammar: Grammar = plain
 
     @property
@@ -56,7 +57,11 @@ class Call:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     def requests(
-        self, max_model_len: int, adapters: tuple[AdapterUse, ...], deadline: float
+        self,
+        max_model_len: int,
+        adapters: tuple[AdapterUse, ...],
+        deadline: float,
+        constraint: TokenConstraint | None = None,
     ) -> list[GenerationRequest]:
         """Return one engine request per prompt. Raises InvalidFieldError where the token numbers do not fit."""
         return [
@@ -67,6 +72,7 @@ class Call:
                 adapters=adapters,
                 cache_salt=self.cache_salt,
                 deadline=deadline,
+                constraint=constraint,
             )
             for number, prompt in enumerate(self.prompts)
         ]

@@ -1,6 +1,7 @@
 """The one handler behind completions and chat completions of both dialects.
 
-    bytes ──► document ──► selection ──► checked fields ──► tokens ──► adapters ──► engine ──► whole answer, or events
+    bytes ──► document ──► selection ──► checked fields ──► tokens ──► constraint ──► adapters ──► engine
+    engine ──► whole answer, or events
 
 What differs between dialects and endpoints comes in as a `Dialect` and an `Endpoint`.
 """
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.request import AdapterUse, SequenceOutput
 from ovms_lora.server.adapter_choice import AdapterChoice
 from ovms_lora.server.async_engine import OutputStream
 from ovms_lora.server.body import parse_object
 from ovms_lora.server.call import Call, Choices
+from ovms_lora.server.constraints import asked_constraint
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.disconnect import unless_gone
 from ovms_lora.server.fields import Table, Values
@@ -57,8 +60,9 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
         uses = await server.uses(selection, AdapterChoice.of(values))
         asked = _Asked(values, document.get("model") or selection.served.name, uses)
         call = await _prepared(server, size, asked, selection.served, dialect, endpoint)
+        constraint = await server.constraint(selection, call.constraint)
         metrics.use(call.adapters.names(selection), call.prompt_tokens)
-        work = _Work(server, selection, call, uses, dialect, endpoint, metrics)
+        work = _Work(server, selection, call, uses, constraint, dialect, endpoint, metrics)
         return await (work.streamed(request) if call.stream else work.whole(request))
     except BaseException as error:
         metrics.end(error)
@@ -112,6 +116,7 @@ def _call(asked: _Asked, served: ServedModel, dialect: Dialect, endpoint: Endpoi
         wants_prompt_logprobs="prompt_logprobs" in values,
         cache_salt=values.get("cache_salt", ""),
         adapters=AdapterChoice.of(values),
+        constraint=asked_constraint(values),
     )
     return _with_tools(call, ToolUse.of(values), model) if endpoint.is_chat else call
 
@@ -141,6 +146,7 @@ class _Work:
     selection: Selection
     call: Call
     uses: tuple[AdapterUse, ...]
+    constraint: TokenConstraint | None
     dialect: Dialect
     endpoint: Endpoint
     metrics: CallMetrics
@@ -169,7 +175,7 @@ class _Work:
     def _open(self) -> OutputStream:
         served = self.selection.served
         deadline = time.monotonic() + self.server.options.limits.request_seconds
-        requests = self.call.requests(served.model.engine.max_model_len, self.uses, deadline)
+        requests = self.call.requests(served.model.engine.max_model_len, self.uses, deadline, self.constraint)
         return served.engine.open(requests)
 
     async def _collect(self, stream: OutputStream, choices: Choices) -> None:

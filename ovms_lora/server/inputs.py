@@ -152,15 +152,6 @@ def stream_options(*accepted: str) -> Check:
     return check
 
 
-def response_format(value: Any) -> Any:
-    """An object with a known type. Raises ValueError."""
-    if not isinstance(value, dict):
-        raise ValueError("response_format is not an object")
-    if value.get("type") not in ("text", "json_object", "json_schema"):
-        raise ValueError("response_format.type must be one of text, json_object, json_schema")
-    return value
-
-
 def lora_alphas(value: Any) -> dict[str, float]:
     """An object of numbers. Raises ValueError with OVMS's messages."""
     if not isinstance(value, dict):

@@ -101,11 +101,11 @@ NAMES_A_TOOL = Together(
     "tool_choice", _names_no_tool, "The tool specified in `tool_choice` does not match any of the specified `tools`"
 )
 ONE_CONSTRAINT = Together(
-    "response_format",
+    "tool_choice",
     lambda values, _: (
         values.get("tool_choice", "auto") not in ("none", "auto")
         and bool(values.get("tools"))
-        and values.get("response_format", {}).get("type", "text") != "text"
+        and any(values.get(name) is not None for name in ("response_format", "structured_outputs"))
     ),
-    "response_format cannot go together with a tool_choice that forces a call",
+    "a tool_choice that forces a call cannot go together with another constraint",
 )

@@ -15,6 +15,7 @@ from ovms_lora.core.errors import InvalidFieldError
 from ovms_lora.engine.output_parsers import forced
 from ovms_lora.engine.output_parsers.formats import answer_grammar, visible_markers
 from ovms_lora.engine.output_parsers.parser import Grammar
+from ovms_lora.server.constraints import AskedConstraint
 
 if TYPE_CHECKING:
     from ovms_lora.engine.model import LoadedModel
@@ -44,7 +45,7 @@ class ToolUse:
             return cls(tuple(tool for tool in tools if tool["function"]["name"] == name)[:1], named=name)
         return cls(tuple(tools), required=choice == "required", one_call=one_call)
 
-    def constraint(self) -> ConstraintSpec | None:
+    def constraint(self) -> AskedConstraint | None:
         """Return what the text must match where a call is forced. Raises InvalidFieldError."""
         if self.named is not None:
             schema: Any = _parameters(self.tools[0])
@@ -52,7 +53,7 @@ class ToolUse:
             schema = _calls_schema(self.tools, one_call=self.one_call)
         else:
             return None
-        return ConstraintSpec(ConstraintKind.JSON_SCHEMA, json.dumps(schema))
+        return AskedConstraint("tools", ConstraintSpec(ConstraintKind.JSON_SCHEMA, json.dumps(schema)))
 
     def grammar(self, model: LoadedModel, prompt: str, *, constrained: bool) -> Grammar:
         """Return how the answer is read. A text that must match something from its beginning has no reasoning."""
@@ -87,8 +88,10 @@ def _calls_schema(tools: tuple[Tool, ...], *, one_call: bool) -> dict[str, Any]:
             if definitions.setdefault(name, definition) != definition:
                 raise InvalidFieldError(f"Tool definition '{name}' has multiple schemas", param="tools")
         call = {"name": {"type": "string", "enum": [tool["function"]["name"]]}, "parameters": parameters}
-        choices.append({"properties": call, "required": ["name", "parameters"]})
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": choices}}
+        choices.append(
+            {"type": "object", "properties": call, "required": ["name", "parameters"], "additionalProperties": False}
+        )
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": choices}}
     if one_call:
         schema["maxItems"] = 1
     return {**schema, "$defs": definitions} if definitions else schema

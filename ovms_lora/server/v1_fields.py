@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ovms_lora.server import inputs, tool_fields
+from ovms_lora.server import constraints, inputs, tool_fields
 from ovms_lora.server.fields import (
     INT64_MAX,
     UINT32_MAX,
@@ -53,6 +53,11 @@ def _boolean(name: str) -> Field:
 
 def _ignored(*names: str) -> tuple[Field, ...]:
     return tuple(Field(name) for name in names)
+
+
+def _replaced(name: str) -> Field:
+    """A field that vLLM had before `structured_outputs` and ignores now; here it is refused."""
+    return Field(name, that(lambda _: False, f"{name} is not supported; use structured_outputs"))
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -114,16 +119,13 @@ _COMMON = (
     _integer("prompt_logprobs", 0, 20),
     _boolean("add_special_tokens"),
     Field("cache_salt", text("cache_salt must be a string")),
-    Field("response_format", inputs.response_format),
+    Field("response_format", constraints.response_format),
+    Field("structured_outputs", constraints.structured_outputs),
     Field("lora_alphas", inputs.lora_alphas),
     Field("lora", inputs.lora),
     _integer("best_of", 1),
     # What would change the answer, and cannot yet
-    unsupported("structured_outputs"),
-    unsupported("guided_json"),
-    unsupported("guided_regex"),
-    unsupported("guided_choice"),
-    unsupported("guided_grammar"),
+    *map(_replaced, ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern")),
     unsupported("use_beam_search", False),
     unsupported("bad_words", []),
     unsupported("allowed_token_ids"),
@@ -179,15 +181,11 @@ _COMMON_TOGETHER = (
         lambda v, limits: limits.max_tokens_limit is not None and _asked_tokens(v) > limits.max_tokens_limit,
         "max_tokens must not be greater than {limits.max_tokens_limit}",
     ),
+    Together("structured_outputs", lambda v, _: constraints.asks_twice(v), constraints.MULTIPLE_SPECIFIED),
     needs_adapters("lora_alphas"),
     needs_adapters("lora"),
     # What the engine does not do yet: refused by name, never dropped.
     Together("best_of", lambda v, _: v.get("best_of", 1) > v.get("n", 1), "best_of greater than n is not supported"),
-    Together(
-        "response_format",
-        lambda v, _: v.get("response_format", {}).get("type", "text") != "text",
-        "response_format other than text is not supported",
-    ),
 )
 
 _COMPLETIONS_TOGETHER = (

@@ -5,7 +5,7 @@ Owns the OVMS dialect's table and defaults; what the checks do stands in `fields
 
 from __future__ import annotations
 
-from ovms_lora.server import inputs, tool_fields
+from ovms_lora.server import constraints, inputs, tool_fields
 from ovms_lora.server.fields import (
     UINT32_MAX,
     Field,
@@ -77,7 +77,7 @@ _COMMON = (
     ),
     Field("ignore_eos", boolean("ignore_eos accepts values true or false")),
     Field("skip_special_tokens", boolean("skip_special_tokens is not a bool")),
-    Field("response_format", inputs.response_format),
+    Field("response_format", constraints.response_format),
     Field("lora_alphas", inputs.lora_alphas),
     Field("lora", inputs.lora),
 )
@@ -141,11 +141,6 @@ _COMMON_TOGETHER = (
     needs_adapters("lora"),
     # What the engine does not do yet: refused by name, never dropped.
     Together("best_of", lambda v, _: v.get("best_of", 1) > 1, "best_of greater than 1 is not supported"),
-    Together(
-        "response_format",
-        lambda v, _: v.get("response_format", {}).get("type", "text") != "text",
-        "response_format other than text is not supported",
-    ),
 )
 
 _COMPLETIONS_TOGETHER = (

@@ -1,4 +1,4 @@
-"""Workers: threads for what would hold the event loop up: parsing, templates, tokenising, adapter files.
+"""Workers: threads for what would hold the event loop up: parsing, templates, tokenising, grammars, adapter files.
 
 Owns the pools and the bound between what is worth a thread and what is not.
 """
@@ -20,10 +20,12 @@ _BLOCKING_THREADS = 32
 
 
 class Workers:
-    """A small pool of threads that compute, and a larger one of threads that wait."""
+    """A small pool of threads that compute, one thread for grammars, and a larger pool of threads that wait."""
 
     def __init__(self, threads: int = 2) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
+        # One hostile grammar may take seconds: others wait for it, but nobody who sends none does.
+        self._grammars = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._blocking = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="adapters")
 
     async def run(self, size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -36,11 +38,15 @@ class Workers:
         """Call `work` in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *args, **kwargs))
 
+    async def compile(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `work`, which compiles what a client sent, in the thread for that."""
+        return await asyncio.get_running_loop().run_in_executor(self._grammars, partial(work, *args, **kwargs))
+
     async def block(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `work`, which may wait for files or locks, in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._blocking, partial(work, *args, **kwargs))
 
     def stop(self) -> None:
         """End the threads; what waits is dropped."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._blocking.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._grammars, self._blocking):
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -161,6 +161,50 @@ async def test_a_forced_call_is_read_without_markers(path: str) -> None:
         assert (without_ids(message["tool_calls"]), reason) == ([called("weather", ARGUMENTS)], "tool_calls")
 
 
+@pytest.mark.parametrize("path", CHATS)
+async def test_a_forced_call_fits_its_schema_whatever_the_model_prefers(path: str) -> None:
+    unit = {"type": "string", "enum": ["celsius", "kelvin"]}
+    parameters = {"type": "object", "properties": {"unit": unit}, "required": ["unit"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("warm", "cold")]
+    async with serving(FakeModels()) as served:
+        for choice in ("required", {"type": "function", "function": {"name": "cold"}}):
+            body = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+            message, reason = await whole(served, path, **body)
+            (call,) = message["tool_calls"]
+            assert call["function"]["name"] in ("warm", "cold")
+            assert json.loads(call["function"]["arguments"])["unit"] in unit["enum"]
+            assert (message["content"] or "", reason) == ("", "tool_calls")
+
+
+@pytest.mark.parametrize("path", CHATS)
+async def test_a_schema_of_a_tool_that_does_not_compile_is_refused(path: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "no such type"}}}]
+    async with serving() as served:
+        answer = await served.post(path, **BODY | {"tools": tools, "tool_choice": "required"})
+        assert answer.status_code == 400
+        if path.startswith("/v1"):
+            assert answer.json()["error"]["param"] == "tools"
+        answer = await served.post(path, **BODY | {"tools": tools})
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("path", CHATS)
+async def test_a_forced_call_goes_with_no_other_constraint(path: str) -> None:
+    async with serving() as served:
+        body = BODY | {"tool_choice": "required", "response_format": {"type": "json_object"}}
+        answer = await served.post(path, **body)
+        assert answer.status_code == 400
+        assert "forces a call" in json.dumps(answer.json())
+
+
+async def test_a_constrained_answer_has_no_reasoning() -> None:
+    async with writing('{"a": 1}', reasoning_parser="deepseek_r1") as served:
+        body = {"tools": None, "response_format": {"type": "json_object"}}
+        message, _ = await whole(served, CHATS[1], **body)
+        assert message["content"] == '{"a": 1}'
+        assert "reasoning_content" not in message
+
+
 async def test_logprobs_belong_to_all_tokens_of_a_call() -> None:
     async with writing(CALL) as served:
         body = BODY | {"logprobs": True}
@@ -240,19 +284,23 @@ async def test_special_tokens_in_messages_are_text() -> None:
 
 
 def schema_of(**values: Any) -> Any:
-    spec = ToolUse.of({"tools": TOOLS, **values}).constraint()
-    assert spec and spec.kind is ConstraintKind.JSON_SCHEMA and isinstance(spec.source, str)
-    return json.loads(spec.source)
+    asked = ToolUse.of({"tools": TOOLS, **values}).constraint()
+    assert asked and asked.param == "tools" and asked.spec.kind is ConstraintKind.JSON_SCHEMA
+    return json.loads(str(asked.spec.source))
 
 
 def test_a_required_call_is_an_array_of_any_of_the_tools() -> None:
     empty = {"type": "object", "properties": {}}
     choices = [
-        {"properties": {"name": {"type": "string", "enum": [name]}, "parameters": empty}, "required": required}
+        {
+            "type": "object",
+            "properties": {"name": {"type": "string", "enum": [name]}, "parameters": empty},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
         for name in ("weather", "time")
-        for required in [["name", "parameters"]]
     ]
-    schema = {"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": choices}}
+    schema = {"type": "array", "minItems": 1, "items": {"anyOf": choices}}
     assert schema_of(tool_choice="required") == schema
     assert schema_of(tool_choice="required", parallel_tool_calls=False) == {**schema, "maxItems": 1}
 
