@@ -80,7 +80,7 @@ def skip_space(source: TextSource) -> Steps[None]:
     while True:
         rest = source.rest
         source.take(len(rest) - len(rest.lstrip()))
-        if source.rest or source.closed:
+        if source.next or source.closed:
             return
         yield None
 
@@ -106,11 +106,9 @@ def expect(source: TextSource, literal: str) -> Steps[None]:
 
 def next_char(source: TextSource) -> Steps[str]:
     """Return the next character without reading it; the empty string at the end of the text."""
-    while not source.rest:
-        if source.closed:
-            return ""
+    while not source.next and not source.closed:
         yield None
-    return source.rest[0]
+    return source.next
 
 
 def word(source: TextSource, characters: Sequence[str]) -> Steps[str]:

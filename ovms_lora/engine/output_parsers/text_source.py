@@ -44,6 +44,11 @@ class TextSource:
         """What has not been read yet."""
         return self._text[self._at :]
 
+    @property
+    def next(self) -> str:
+        """The next character, the empty string at the end of what is there."""
+        return self._text[self._at : self._at + 1]
+
     def take(self, size: int | None = None) -> str:
         """Read so many characters, or all."""
         end = len(self._text) if size is None else self._at + size
