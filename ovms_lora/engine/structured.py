@@ -33,15 +33,26 @@ _MESSAGE_CHARACTERS = 300
 _STACK_BYTES = 128 * 1024 * 1024
 _STACK_SIZE = threading.Lock()  # the size of new stacks is a setting of the whole process
 
-# What one step of one sequence may cost: some 10 ms at most. Ordinary schemas stay far below.
-_STEP_LIMITS = {"step_max_items": 20_000, "step_lexer_fuel": 100_000, "max_items_in_row": 8_000}
-# A state of the lexer takes 1 to 2 KB, in each sequence.
-_LEXER_STATES = 50_000
-# Symbols of a grammar, and nodes of its regular expressions. A few lines of rules or terminals that name each other
-# twice stand for thousands of both, and cost the square of their number; schemas cannot say such.
-_SIZE_LIMITS = {"max_grammar_size": 200_000, "initial_lexer_fuel": 400_000}
-_WRITTEN_SIZE_LIMITS = {"max_grammar_size": 5_000, "initial_lexer_fuel": 30_000}
-_WRITTEN = frozenset({ConstraintKind.GRAMMAR, ConstraintKind.REGEX})
+
+def _limits(*, max_grammar_size: int, initial_lexer_fuel: int) -> LLParserLimits:
+    """Return llguidance's limits: the symbols of a grammar, the nodes of its regular expressions, and each step."""
+    return LLParserLimits(
+        max_grammar_size=max_grammar_size,
+        initial_lexer_fuel=initial_lexer_fuel,
+        # Some 10 ms for one sequence; ordinary schemas stay far below.
+        step_max_items=20_000,
+        step_lexer_fuel=100_000,
+        max_items_in_row=8_000,
+        max_lexer_states=50_000,  # of 1 to 2 KB, in each sequence
+        verbose_errors=False,
+    )
+
+
+_SCHEMA_LIMITS = _limits(max_grammar_size=200_000, initial_lexer_fuel=400_000)
+# A few rules or terminals that name each other twice stand for thousands, and cost the square of their number.
+# Schemas cannot say such.
+_GRAMMAR_LIMITS = _limits(max_grammar_size=5_000, initial_lexer_fuel=30_000)
+_WRITTEN_AS_GRAMMAR = frozenset({ConstraintKind.GRAMMAR, ConstraintKind.REGEX})
 
 
 class GrammarMatcher:
@@ -143,12 +154,7 @@ def _size(spec: ConstraintSpec) -> int:
 
 def _compiled(spec: ConstraintSpec, tokenizer: LLTokenizer) -> LLMatcher:
     """Return a matcher at the beginning. Raises ValueError with the reason in one line."""
-    limits = LLParserLimits(
-        **_STEP_LIMITS,
-        **(_WRITTEN_SIZE_LIMITS if spec.kind in _WRITTEN else _SIZE_LIMITS),
-        max_lexer_states=_LEXER_STATES,
-        verbose_errors=False,
-    )
+    limits = _GRAMMAR_LIMITS if spec.kind in _WRITTEN_AS_GRAMMAR else _SCHEMA_LIMITS
 
     def build() -> LLMatcher:
         matcher = LLMatcher(tokenizer, grammar_text(spec), log_level=0, limits=limits)

@@ -1,6 +1,7 @@
 """The one handler behind completions and chat completions of both dialects.
 
-    bytes ──► document ──► selection ──► checked fields ──► tokens ──► constraint, adapters ──► engine ──► whole answer, or events
+    bytes ──► document ──► selection ──► checked fields ──► tokens ──► constraint ──► adapters ──► engine
+    engine ──► whole answer, or events
 
 What differs between dialects and endpoints comes in as a `Dialect` and an `Endpoint`.
 """

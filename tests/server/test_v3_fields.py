@@ -76,7 +76,8 @@ COMMON_REFUSED: list[tuple[dict[str, Any], str]] = [
         {"stream_options": {"other": 1}, "stream": True},
         "Found unexpected stream options. Properties accepted in stream_options: include_usage",
     ),
-    ({"response_format": {"type": "json_object"}}, "response_format other than text is not supported"),
+    ({"response_format": "json_object"}, "response_format is not an object"),
+    ({"response_format": {"type": "json"}}, "response_format.type must be one of text, json_object, json_schema"),
     ({"lora_alphas": 1}, "lora_alphas must be an object"),
     ({"lora_alphas": {"x": "y"}}, "lora_alphas value for 'x' must be a number"),
     (
@@ -172,6 +173,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"ignore_eos": True, "skip_special_tokens": False},
     {"stream": False},
     {"response_format": {"type": "text"}},
+    {"response_format": {"type": "json_object"}},
     {"unheard_of": {"deeply": ["nested"]}, "logit_bias": {"1": 5}},
     {name: None for name in OPTIONAL},
 ]
