@@ -30,8 +30,8 @@ MAX_LEVELS = 8000
 # Multiples of n are found by an automaton of n states; 10,000 take 50 ms, a million most of a minute.
 MAX_MULTIPLES = 10_000
 
-# As much white space between two tokens of JSON as indentation needs; without a bound, small models never leave it.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# One space, or a new line with its indentation: small models, once they write white space, write nothing else any more.
+_WHITESPACE = r"\x20|\r?\n[\x20\t]{0,40}"
 # Given as overrides: a schema's own "x-guidance" could loosen them.
 _JSON_OPTIONS: dict[str, Any] = {
     "whitespace_flexible": True,
