@@ -59,7 +59,10 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
         values = await server.workers.run(size, _values, document, selection.served, endpoint)
         uses = await server.uses(selection, AdapterChoice.of(values))
         asked = _Asked(values, document.get("model") or selection.served.name, uses)
-        call = await _prepared(server, size, asked, selection.served, dialect, endpoint)
+        if endpoint.is_chat:
+            call = await server.render(uses, _call, asked, selection.served, dialect, endpoint)
+        else:
+            call = await server.workers.run(size, _call, asked, selection.served, dialect, endpoint)
         constraint = await server.constraint(selection, call.constraint)
         metrics.use(call.adapters.names(selection), call.prompt_tokens)
         work = _Work(server, selection, call, uses, constraint, dialect, endpoint, metrics)
@@ -85,19 +88,8 @@ def _values(document: Mapping[str, Any], served: ServedModel, endpoint: Endpoint
     return values
 
 
-async def _prepared(
-    server: ServerState, size: int, asked: _Asked, served: ServedModel, dialect: Dialect, endpoint: Endpoint
-) -> Call:
-    """Return the request as this server works on it. Raises InvalidFieldError."""
-    if not endpoint.is_chat:
-        return await server.workers.run(size, _call, asked, served, dialect, endpoint)
-    if not asked.uses:
-        return await server.workers.compute(_call, asked, served, dialect, endpoint)
-    # An adapter's own template may be anybody's: it keeps no one waiting but those who use adapters.
-    return await server.workers.block(_call, asked, served, dialect, endpoint)
-
-
 def _call(asked: _Asked, served: ServedModel, dialect: Dialect, endpoint: Endpoint) -> Call:
+    """Return the request as this server works on it. Raises InvalidFieldError."""
     model, values = served.model, asked.values
     options = values.get("stream_options", {})
     prompts = endpoint.prompts(values, model, asked.uses)

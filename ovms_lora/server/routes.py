@@ -36,7 +36,7 @@ def dialect_router(dialect: Dialect) -> APIRouter:
         if "messages" not in document:
             return JSONResponse(await server.workers.run(size, dialect.tokenize, document, model, ()))
         uses = await server.uses(selection, AdapterChoice())
-        return JSONResponse(await server.workers.block(dialect.tokenize, document, model, uses))
+        return JSONResponse(await server.render(uses, dialect.tokenize, document, model, uses))
 
     @router.get("/models")
     async def models(request: Request) -> Response:

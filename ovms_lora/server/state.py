@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request
 
@@ -18,6 +20,9 @@ from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.options import ServerOptions
 from ovms_lora.server.registry import ModelRegistry, Selection
 from ovms_lora.server.workers import Workers
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,11 @@ class ServerState:
         compiler = selection.served.model.constraints
         kept = compiler.kept(asked.spec)
         return kept or await self.workers.compile(compiler.compile, asked.spec, param=asked.param)
+
+    async def render(self, uses: tuple[AdapterUse, ...], work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `work`, which renders the chat template for these adapters, in a thread."""
+        own = len(uses) == 1 and uses[0].adapter.chat_template is not None
+        return await (self.workers.render if own else self.workers.compute)(work, *args, **kwargs)
 
     async def uses(self, selection: Selection, choice: AdapterChoice) -> tuple[AdapterUse, ...]:
         """Return the adapters of a request, loaded if they were not. Raises what `AdapterChoice.uses` does."""
