@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -43,7 +44,8 @@ def _limits(*, max_grammar_size: int, initial_lexer_fuel: int) -> LLParserLimits
         step_max_items=20_000,
         step_lexer_fuel=100_000,
         max_items_in_row=8_000,
-        max_lexer_states=50_000,  # of 1 to 2 KB, in each sequence
+        # Of half a KB, in each constraint; ordinary schemas have hundreds, a `maxLength` as many as it is long.
+        max_lexer_states=20_000,
         verbose_errors=False,
     )
 
@@ -58,15 +60,15 @@ _WRITTEN_AS_GRAMMAR = frozenset({ConstraintKind.GRAMMAR, ConstraintKind.REGEX})
 class GrammarMatcher:
     """One sequence's way through a compiled constraint."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, constraint: CompiledConstraint, matcher: LLMatcher) -> None:
+        self._constraint = constraint
         self._matcher = matcher
 
     def allowed(self, width: int) -> BoolArray:
         """Return which of the `width` tokens of the vocabulary may come next; none after a failure."""
+        packed = np.frombuffer(b"" if self._matcher.is_error() else self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            return np.zeros(width, np.bool_)
-        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
+            self._constraint.spent = True
             return np.zeros(width, np.bool_)
         allowed = np.unpackbits(packed, count=min(width, 8 * len(packed)), bitorder="little").view(np.bool_)
         # A model may have more logits than its tokenizer has tokens.
@@ -90,14 +92,18 @@ class GrammarMatcher:
 
 
 class CompiledConstraint:
-    """A constraint for the tokens of one model."""
+    """A constraint for the tokens of one model.
+
+    Its matchers share a lexer that grows with their texts. `spent` once that, or a text, was too large for one of them.
+    """
 
     def __init__(self, start: LLMatcher) -> None:
         self._start = start
+        self.spent = False
 
     def matcher(self) -> GrammarMatcher:
         """Return a matcher at the beginning of the text; takes microseconds."""
-        return GrammarMatcher(self._start.deep_copy())
+        return GrammarMatcher(self, self._start.deep_copy())
 
 
 class ConstraintCompiler:
@@ -120,9 +126,11 @@ class ConstraintCompiler:
     def kept(self, spec: ConstraintSpec) -> CompiledConstraint | None:
         """Return the constraint for a spec if it is there already; takes no time."""
         with self._lock:
-            if spec in self._kept:
-                self._kept.move_to_end(spec)
-            return self._kept.get(spec)
+            kept = self._kept.get(spec)
+            if kept is None or kept.spent:
+                return None
+            self._kept.move_to_end(spec)
+            return kept
 
     def compile(self, spec: ConstraintSpec, *, param: str) -> CompiledConstraint:
         """Return the constraint for a spec. Raises InvalidFieldError with the reason, in the name of `param`."""
@@ -141,8 +149,9 @@ class ConstraintCompiler:
     def _keep(self, spec: ConstraintSpec, compiled: CompiledConstraint) -> None:
         with self._lock:
             if spec not in self._kept:
-                self._kept[spec] = compiled
                 self._kept_bytes += _size(spec)
+            self._kept[spec] = compiled
+            self._kept.move_to_end(spec)
             while len(self._kept) > _KEPT or self._kept_bytes > _KEPT_BYTES:
                 dropped, _ = self._kept.popitem(last=False)
                 self._kept_bytes -= _size(dropped)
@@ -181,23 +190,11 @@ def _reason(matcher: LLMatcher) -> str:
 
 def _on_deep_stack(work: Callable[[], T]) -> T:
     """Call `work` in a thread whose stack holds the deepest recursion that a source within its bounds can cause."""
-    results: list[T] = []
-    errors: list[ValueError] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except ValueError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="grammar", daemon=True)
-    with _STACK_SIZE:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            thread.start()
-        finally:
-            threading.stack_size(before)
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    with ThreadPoolExecutor(1, thread_name_prefix="grammar") as pool:
+        with _STACK_SIZE:
+            before = threading.stack_size(_STACK_BYTES)
+            try:
+                result = pool.submit(work)
+            finally:
+                threading.stack_size(before)
+        return result.result()

@@ -373,6 +373,22 @@ def test_large_sources_are_not_kept_for_long(small_cache: ConstraintCompiler) ->
     assert small_cache.kept(larger)
 
 
+def test_a_constraint_whose_lexer_is_full_is_compiled_anew() -> None:
+    """Its matchers share the lexer, so one text could fill it for all that follow."""
+    spec = regex("([ab]*a[ab]{20}b?[ab]{3})*")
+    full, rng = compiled(spec), np.random.default_rng(0)
+    matcher = full.matcher()
+    while matcher.allowed(VOCAB_SIZE).any():
+        matcher.accept(int(rng.choice([ord("a"), ord("b")])))
+    assert matcher.failure
+    assert "too many states" in matcher.failure.message
+    assert COMPILER.kept(spec) is None
+    anew = compiled(spec)
+    assert anew is not full
+    assert anew.matcher().allowed(VOCAB_SIZE).any()
+    assert COMPILER.kept(spec) is anew
+
+
 # Tokenizers of other kinds.
 
 
