@@ -46,7 +46,7 @@ _STOP_SECONDS = 10.0  # longer than any step
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What an engine does now (running, waiting, cache usage 0…1), and counters since its start."""
+    """What an engine does now: sequences that run, requests that wait, cache usage 0…1; counters since its start."""
 
     running: int
     waiting: int
@@ -86,7 +86,7 @@ class Engine:
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(self._pool, _limits(options), residency)
         output = OutputProcessor(tokenizer, eos, self.max_model_len)
-        self._live = LiveRequests(self._scheduler, output)
+        self._live = LiveRequests(self._scheduler, output, self._inbox.ended)
         self._decoder = Decoder(self._live, Sampler(eos), output)
         self._abort = False
         self._failure: EngineError | None = None
@@ -102,11 +102,11 @@ class Engine:
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; from any thread.
 
-        Raises InvalidFieldError when the prompt does not fit, QueueFullError when too many requests wait,
-        UnavailableError while stopping, EngineError after the engine has failed.
+        Raises InvalidFieldError when the prompt does not fit or the id is in use, QueueFullError when too many requests
+        wait, UnavailableError while stopping, EngineError after the engine has failed.
         """
         self.check(request)
-        self._inbox.submit(request, waiting=len(self._scheduler.waiting))
+        self._inbox.submit(request, waiting=self._scheduler.num_waiting_requests)
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InvalidFieldError when a request can never run here."""
@@ -146,7 +146,7 @@ class Engine:
         scheduler, pool = self._scheduler, self._pool
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self._inbox),
+            waiting=scheduler.num_waiting_requests + self._inbox.num_requests,
             kv_cache_usage=1 - pool.num_free / pool.num_blocks,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

@@ -14,7 +14,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ovms_lora.core.errors import EngineError, OvmsLoraError, QueueFullError, UnavailableError
+from ovms_lora.core.errors import (
+    EngineError,
+    InvalidFieldError,
+    OvmsLoraError,
+    QueueFullError,
+    UnavailableError,
+)
 from ovms_lora.core.request import GenerationRequest
 
 T = TypeVar("T")
@@ -39,30 +45,41 @@ class _Task:
 
 
 class Inbox:
-    """Takes requests, cancellations and tasks. With `max_waiting` requests waiting, here and behind, it is full."""
+    """Takes requests, cancellations and tasks. With `max_waiting` requests waiting, here and behind, it is full.
+
+    It knows the ids of all requests that have not ended, so that no two of them have one id.
+    """
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
         self._messages: deque[GenerationRequest | str] = deque()  # a string is the id of a request to cancel
         self._tasks: deque[_Task] = deque()
+        self._ids: set[str] = set()
         self._changed = threading.Condition()
         self._failure: EngineError | None = None
         self.closed = False
 
-    def __len__(self) -> int:
-        return len(self._messages)
+    @property
+    def num_requests(self) -> int:
+        """How many requests have not been taken yet; from any thread."""
+        with self._changed:
+            return self._count()
 
     def submit(self, request: GenerationRequest, *, waiting: int) -> None:
         """Leave a request; `waiting` is how many wait behind the inbox.
 
-        Raises QueueFullError, UnavailableError after `close`, EngineError after `fail`.
+        Raises QueueFullError, InvalidFieldError when a request with this id has not ended, UnavailableError after
+        `close`, EngineError after `fail`.
         """
         with self._changed:
             if self._failure:
                 raise self._failure
             self._check_open()
-            if waiting + len(self._messages) >= self._max_waiting:
+            if request.request_id in self._ids:
+                raise InvalidFieldError(f"a request with the id {request.request_id} runs already", param="request_id")
+            if waiting + self._count() >= self._max_waiting:
                 raise QueueFullError(f"{self._max_waiting} requests are waiting already")
+            self._ids.add(request.request_id)
             self._messages.append(request)
             self._changed.notify()
 
@@ -71,6 +88,11 @@ class Inbox:
         with self._changed:
             self._messages.append(request_id)
             self._changed.notify()
+
+    def ended(self, request_id: str) -> None:
+        """Let the id of a request be used again."""
+        with self._changed:
+            self._ids.discard(request_id)
 
     def call(self, work: Callable[[], T]) -> T:
         """Leave a task, and wait until the engine thread has done it.
@@ -126,6 +148,9 @@ class Inbox:
                 task.result.set_exception(error)
             self._tasks.clear()
             return left
+
+    def _count(self) -> int:
+        return sum(isinstance(message, GenerationRequest) for message in self._messages)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -6,7 +6,7 @@ thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ovms_lora.core.errors import OvmsLoraError
@@ -34,11 +34,12 @@ def failures(request: GenerationRequest, indices: Iterable[int], error: OvmsLora
 
 
 class LiveRequests:
-    """Begins and ends requests in scheduler and output together."""
+    """Begins and ends requests in scheduler and output together; `on_end` is called with the id of each that ends."""
 
-    def __init__(self, scheduler: Scheduler, output: OutputProcessor) -> None:
+    def __init__(self, scheduler: Scheduler, output: OutputProcessor, on_end: Callable[[str], None]) -> None:
         self._scheduler = scheduler
         self._output = output
+        self._on_end = on_end
         self._live: dict[str, LiveRequest] = {}
 
     def begin(self, request: GenerationRequest) -> None:
@@ -56,6 +57,7 @@ class LiveRequests:
         siblings.remove(sequence)
         if not siblings:
             del self._live[request_id]
+            self._on_end(request_id)
         self._scheduler.finish(sequence)
         self._output.drop(sequence)
 

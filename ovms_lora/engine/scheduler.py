@@ -9,7 +9,7 @@ running sequences, then of newly admitted ones. Knows blocks and counts; knows n
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -87,6 +87,12 @@ class Scheduler:
         self.prefix_hits = 0
         self._residency = residency or NoAdapters()
         self._arrivals = 0
+        self._waiting_of: Counter[str] = Counter()  # how many sequences of each request wait
+
+    @property
+    def num_waiting_requests(self) -> int:
+        """How many requests have a sequence that waits; from any thread."""
+        return len(self._waiting_of)
 
     @property
     def has_work(self) -> bool:
@@ -98,6 +104,7 @@ class Scheduler:
         assert self.pool.blocks_for(sequence.num_tokens) <= self.pool.num_blocks, "the engine refuses such prompts"
         sequence.arrival = self._arrivals
         self._arrivals += 1
+        self._waiting_of[sequence.request.request_id] += 1
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Chunk]:
@@ -128,6 +135,7 @@ class Scheduler:
             self._give_back(sequence)
         else:
             self.waiting.remove(sequence)
+            self._waits_no_more(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
 
     def _continue_running(self, chunks: list[Chunk], budget: int) -> int:
@@ -160,6 +168,7 @@ class Scheduler:
                 self._residency.release(sequence)
                 break
             self.waiting.popleft()
+            self._waits_no_more(sequence)
             sequence.move_to(SequenceStatus.RUNNING)
             self.running.append(sequence)
             for older in passed:
@@ -232,6 +241,13 @@ class Scheduler:
         # The queue stays in the order of arrival, so that an old sequence is never behind a young one.
         place = sum(1 for waiting in self.waiting if waiting.arrival < sequence.arrival)
         self.waiting.insert(place, sequence)
+        self._waiting_of[sequence.request.request_id] += 1
+
+    def _waits_no_more(self, sequence: Sequence) -> None:
+        request_id = sequence.request.request_id
+        self._waiting_of[request_id] -= 1
+        if not self._waiting_of[request_id]:
+            del self._waiting_of[request_id]
 
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

@@ -127,6 +127,7 @@ class Stepper:
             assert pool.references(block) == holders
         assert pool.num_free == sum(pool.references(block) == 0 for block in range(pool.num_blocks))
         assert all(not sequence.blocks for sequence in [*scheduler.waiting, *self.finished])
+        assert scheduler.num_waiting_requests == len({s.request.request_id for s in scheduler.waiting})
         arrivals = [sequence.arrival for sequence in scheduler.waiting]
         assert arrivals == sorted(arrivals)
         assert sorted(s.arrival for s in self.residency.held) == sorted(s.arrival for s in scheduler.running)
