@@ -150,8 +150,8 @@ class Engine:
             kv_cache_usage=1 - pool.num_free / pool.num_blocks,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
-            prefix_cache_queries=scheduler.prefix_queries,
-            prefix_cache_hits=scheduler.prefix_hits,
+            prefix_cache_queries=scheduler.blocks.prefix_queries,
+            prefix_cache_hits=scheduler.blocks.prefix_hits,
             preemptions=scheduler.num_preemptions,
         )
 

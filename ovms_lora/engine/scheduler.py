@@ -4,7 +4,8 @@
     running  ──preempt (youngest first, when no block is left)──────►  front of waiting
 
 A step holds at most `max_num_batched_tokens` tokens: first one for each sequence that decodes, then prefill chunks of
-running sequences, then of newly admitted ones. Knows blocks and counts; knows neither tensors nor texts.
+running sequences, then of newly admitted ones. Which blocks a sequence has is `block_tables`' business; tensors and
+texts are not known here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ovms_lora.engine.block_pool import BlockPool
+from ovms_lora.engine.block_tables import BlockTables
 from ovms_lora.engine.sequence import Sequence, SequenceStatus
 
 
@@ -78,13 +80,11 @@ class Scheduler:
     """Continuous batching over one block pool."""
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits, residency: Residency | None = None) -> None:
-        self.pool = pool
+        self.blocks = BlockTables(pool, prefix_caching=limits.prefix_caching)
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
         self._residency = residency or NoAdapters()
         self._arrivals = 0
         self._waiting_of: Counter[str] = Counter()  # how many sequences of each request wait
@@ -101,7 +101,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue. It must fit into the pool when it is alone."""
-        assert self.pool.blocks_for(sequence.num_tokens) <= self.pool.num_blocks, "the engine refuses such prompts"
+        pool = self.blocks.pool
+        assert pool.blocks_for(sequence.num_tokens) <= pool.num_blocks, "the engine refuses such prompts"
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self._waiting_of[sequence.request.request_id] += 1
@@ -117,16 +118,8 @@ class Scheduler:
     def computed(self, chunks: Iterable[Chunk]) -> None:
         """Note that the chunks' keys and values now stand in the cache."""
         for chunk in chunks:
-            sequence = chunk.sequence
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue
-            full_before = sequence.num_computed // self.pool.block_size
-            sequence.num_computed = chunk.start + chunk.count
-            full = sequence.num_computed // self.pool.block_size
-            if self.limits.prefix_caching and full > full_before:
-                keys = sequence.prefix_keys(full, self.pool.block_size)
-                for i in range(full_before, full):
-                    self.pool.remember(sequence.blocks[i], keys[i])
+            if chunk.sequence.status is SequenceStatus.RUNNING:
+                self.blocks.computed(chunk.sequence, chunk.start + chunk.count)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whether it waits or runs, and give back what it holds."""
@@ -164,7 +157,9 @@ class Scheduler:
                     break
                 passed.append(self.waiting.popleft())
                 continue
-            if not self._take_blocks(sequence):
+            # Each running sequence may soon want one more block: a newcomer that takes the last ones would be preempted
+            # after its prefill was paid for.
+            if not self.blocks.open(sequence, reserve=len(self.running)):
                 self._residency.release(sequence)
                 break
             self.waiting.popleft()
@@ -185,30 +180,6 @@ class Scheduler:
         """Whether a prompt that must not be split has room in this step; alone in a step it always has."""
         return self.limits.split_prefill or sequence.num_tokens <= budget or not chunks
 
-    def _take_blocks(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence blocks for all tokens it has, the known prefix from the cache; False: no room."""
-        cached = self._cached_blocks(sequence)
-        missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
-        # Each running sequence may soon want one more block: a newcomer that takes the last ones would be preempted
-        # after its prefill was paid for.
-        if missing + len(self.running) > self.pool.num_free:
-            self.pool.release(cached)
-            return False
-        sequence.blocks = cached + self.pool.allocate(missing)
-        sequence.num_computed = len(cached) * self.pool.block_size
-        self.prefix_queries += sequence.num_tokens
-        self.prefix_hits += sequence.num_computed
-        if sequence.num_cached is None:  # what a preempted sequence finds again is its own work
-            sequence.num_cached = sequence.num_computed
-        return True
-
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        if not self.limits.prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
-            return []  # log-probabilities of the prompt need its logits, so all of it is computed
-        # The last token is always computed: its logits choose the next one.
-        full = (sequence.num_tokens - 1) // self.pool.block_size
-        return self.pool.take_cached(sequence.prefix_keys(full, self.pool.block_size))
-
     def _fill(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
         """Plan a prefill chunk within the budget; return how many tokens it takes."""
         count = min(sequence.num_pending, budget) if self.limits.split_prefill else sequence.num_pending
@@ -223,13 +194,12 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
         """Make room for the sequence's pending token, preempting younger ones; False: it was preempted itself."""
-        needed = self.pool.blocks_for(sequence.num_tokens) - len(sequence.blocks)
-        while needed > self.pool.num_free:
+        while self.blocks.missing(sequence) > self.blocks.pool.num_free:
             victim = max(self.running, key=lambda running: running.arrival)
             self._preempt(victim, chunks)
             if victim is sequence:
                 return False
-        sequence.blocks += self.pool.allocate(needed)
+        self.blocks.grow(sequence)
         return True
 
     def _preempt(self, sequence: Sequence, chunks: list[Chunk]) -> None:
@@ -250,7 +220,5 @@ class Scheduler:
             del self._waiting_of[request_id]
 
     def _give_back(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
+        self.blocks.close(sequence)
         self._residency.release(sequence)
-        sequence.blocks = []
-        sequence.num_computed = 0

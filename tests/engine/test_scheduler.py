@@ -177,7 +177,7 @@ def test_a_known_prefix_is_computed_once() -> None:
     (again,) = caching.add(request(length=10))
     (chunk,) = caching.step()
     assert (chunk.start, chunk.count, again.num_cached) == (8, 2, 8)
-    assert (caching.scheduler.prefix_queries, caching.scheduler.prefix_hits) == (20, 8)
+    assert (caching.scheduler.blocks.prefix_queries, caching.scheduler.blocks.prefix_hits) == (20, 8)
 
 
 def test_the_last_token_of_a_known_prompt_is_still_computed() -> None:
