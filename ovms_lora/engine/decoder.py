@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from ovms_lora.core.errors import EngineError
 from ovms_lora.core.request import SequenceOutput
@@ -11,6 +12,8 @@ from ovms_lora.engine.output import OutputProcessor
 from ovms_lora.engine.sampler import FloatArray, Sampler
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.engine.sequence import Sequence
+
+_NO_CHOICE = "the model gave no finite logits"
 
 
 class Decoder:
@@ -32,21 +35,52 @@ class Decoder:
             sequence, params = chunk.sequence, chunk.sequence.request.sampling
             if params.prompt_logprobs is not None and sequence.num_output == 0:
                 self._output.prompt_rows(chunk, logits[begin:end])
-            if chunk.samples and params.max_tokens == 0:
-                outputs.append(self._output.without_tokens(sequence))
-                self._live.drop(sequence)
-            elif chunk.samples:
+            if not chunk.samples:
+                continue
+            if params.max_tokens == 0:
+                outputs += self._without_tokens(sequence)
+            elif params.beam_width > 1:
+                outputs += self._search(sequence, logits[end - 1])
+            else:
                 rows.append(end - 1)
                 sampling.append(sequence)
         if sampling:
             outputs += self._sample(logits if len(rows) == len(logits) else logits[rows], sampling)
         return outputs
 
+    def _without_tokens(self, sequence: Sequence) -> list[SequenceOutput]:
+        output, sampling = self._output.without_tokens(sequence), sequence.request.sampling
+        self._live.drop(sequence)
+        indices = range(sampling.n) if sampling.beam_width > 1 else [sequence.index]
+        return [replace(output, index=index) for index in indices]
+
+    def _search(self, sequence: Sequence, row: FloatArray) -> list[SequenceOutput]:
+        """Give a beam's logits to its search; return the answers when the search is over."""
+        search = self._live.search_of(sequence)
+        if search is None:
+            return []  # another beam of this step has failed
+        request = sequence.request
+        adjusted = self._sampler.adjusted(row, sequence)
+        if adjusted is None:
+            return self._live.fail([request.request_id], EngineError(_NO_CHOICE))
+        search.offer(sequence, row, adjusted)
+        if not search.ready:
+            return []
+        forks = search.advance()
+        if forks:
+            self._live.replace(request.request_id, forks)
+            return []
+        results = search.results
+        if len(results) < request.sampling.n:
+            return self._live.fail([request.request_id], EngineError(_NO_CHOICE))
+        self._live.end(request.request_id)
+        return results
+
     def _sample(self, logits: FloatArray, sequences: Seq[Sequence]) -> list[SequenceOutput]:
         outputs = []
         for sequence, sampled in zip(sequences, self._sampler.sample(logits, sequences), strict=True):
             if sampled is None:
-                output = self._output.failed(sequence, EngineError("the model gave no finite logits"))
+                output = self._output.failed(sequence, EngineError(_NO_CHOICE))
             else:
                 output = self._output.token(sequence, sampled)
             outputs.append(output)

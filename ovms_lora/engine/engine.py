@@ -84,7 +84,7 @@ class Engine:
         self._clock = clock
         self._inbox = Inbox(max_waiting)
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
-        self._scheduler = Scheduler(self._pool, _limits(options), residency)
+        self._scheduler = Scheduler(self._pool, _limits(options), residency, copies_blocks=runner.copies_blocks)
         output = OutputProcessor(tokenizer, eos, self.max_model_len)
         self._live = LiveRequests(self._scheduler, output, self._inbox.ended)
         self._decoder = Decoder(self._live, Sampler(eos), output)
@@ -202,7 +202,7 @@ class Engine:
     def _take_in(self, messages: Iterable[GenerationRequest | str]) -> None:
         for message in messages:
             if isinstance(message, str):
-                self._live.cancel(message)
+                self._live.end(message)
                 continue
             self._live.begin(message)
             self._prompt_tokens += len(message.prompt_token_ids)
@@ -213,6 +213,7 @@ class Engine:
             self._inbox.wait(_NO_ROOM_SECONDS)
             return
         try:
+            self._runner.copy_blocks(self._scheduler.copies)
             logits = self._runner.run(chunks)
         except EngineError as error:
             log.error("a step of %d sequences failed: %s", len(chunks), error)

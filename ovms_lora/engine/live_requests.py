@@ -11,21 +11,24 @@ from dataclasses import dataclass
 
 from ovms_lora.core.errors import OvmsLoraError
 from ovms_lora.core.request import GenerationRequest, SequenceOutput
+from ovms_lora.engine.beam import BeamSearch
 from ovms_lora.engine.output import OutputProcessor
 from ovms_lora.engine.scheduler import Scheduler
-from ovms_lora.engine.sequence import Sequence
+from ovms_lora.engine.sequence import Fork, Sequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveRequest:
-    """A request and those of its sequences that have not ended."""
+    """A request and those of its sequences that have not ended; with beam search they are the beams of now."""
 
     request: GenerationRequest
     sequences: list[Sequence]
+    search: BeamSearch | None = None
 
     def failed(self, error: OvmsLoraError) -> list[SequenceOutput]:
         """Return what tells of an error all who still wait for an answer."""
-        return failures(self.request, (sequence.index for sequence in self.sequences), error)
+        open_ones = range(self.request.sampling.n) if self.search else [sequence.index for sequence in self.sequences]
+        return failures(self.request, open_ones, error)
 
 
 def failures(request: GenerationRequest, indices: Iterable[int], error: OvmsLoraError) -> list[SequenceOutput]:
@@ -44,11 +47,26 @@ class LiveRequests:
 
     def begin(self, request: GenerationRequest) -> None:
         """Queue the sequences of a new request."""
-        sequences = [Sequence(request, index) for index in range(request.sampling.n)]
-        self._live[request.request_id] = LiveRequest(request, sequences)
+        searches = request.sampling.beam_width > 1
+        sequences = [Sequence(request, index) for index in range(1 if searches else request.sampling.n)]
+        search = BeamSearch(sequences[0], self._output) if searches else None
+        self._live[request.request_id] = LiveRequest(request, sequences, search)
         for sequence in sequences:
             self._output.add(sequence)
             self._scheduler.add(sequence)
+
+    def search_of(self, sequence: Sequence) -> BeamSearch | None:
+        """Return the beam search that a sequence belongs to; None when it samples, or has ended."""
+        live = self._live.get(sequence.request.request_id)
+        return live.search if live else None
+
+    def replace(self, request_id: str, forks: list[Fork]) -> None:
+        """Let new beams go on in the place of the present ones."""
+        sequences = self._live[request_id].sequences
+        self._scheduler.replace(sequences, forks)
+        for parent in sequences:
+            self._output.drop(parent)
+        sequences[:] = [fork.child for fork in forks]
 
     def drop(self, sequence: Sequence) -> None:
         """Take out a sequence that has had its last output."""
@@ -61,8 +79,8 @@ class LiveRequests:
         self._scheduler.finish(sequence)
         self._output.drop(sequence)
 
-    def cancel(self, request_id: str) -> None:
-        """Take out a request that nobody waits for any more; unknown ones have ended already."""
+    def end(self, request_id: str) -> None:
+        """Take out a request that is answered, or that nobody waits for; unknown ones have ended already."""
         live = self._live.get(request_id)
         if live:
             for sequence in list(live.sequences):
@@ -74,7 +92,7 @@ class LiveRequests:
         for request_id in dict.fromkeys(request_ids):
             if request_id in self._live:
                 outputs += self._live[request_id].failed(error)
-                self.cancel(request_id)
+                self.end(request_id)
         return outputs
 
     def overdue(self, now: float) -> list[str]:

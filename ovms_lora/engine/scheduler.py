@@ -2,6 +2,7 @@
 
     waiting  ──admit (oldest first, all blocks of its known tokens)──►  running
     running  ──preempt (youngest first, when no block is left)──────►  front of waiting
+    parents  ──replace (beam search: each may have several children)─►  running, or waiting where there is no room
 
 A step holds at most `max_num_batched_tokens` tokens: first one for each sequence that decodes, then prefill chunks of
 running sequences, then of newly admitted ones. Which blocks a sequence has is `block_tables`' business; tensors and
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ovms_lora.engine.block_pool import BlockPool
-from ovms_lora.engine.block_tables import BlockTables
-from ovms_lora.engine.sequence import Sequence, SequenceStatus
+from ovms_lora.engine.block_tables import BlockCopy, BlockTables
+from ovms_lora.engine.sequence import Fork, Sequence, SequenceStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,15 @@ class SchedulerLimits:
 class Scheduler:
     """Continuous batching over one block pool."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits, residency: Residency | None = None) -> None:
-        self.blocks = BlockTables(pool, prefix_caching=limits.prefix_caching)
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: SchedulerLimits,
+        residency: Residency | None = None,
+        *,
+        copies_blocks: bool = True,
+    ) -> None:
+        self.blocks = BlockTables(pool, prefix_caching=limits.prefix_caching, copies_blocks=copies_blocks)
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -109,11 +117,21 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """Plan one step; empty only when nothing can run."""
+        """Plan one step, with the copies of blocks that come before it; empty only when nothing can run."""
         chunks: list[Chunk] = []
+        self.blocks.copies.clear()
         budget = self._continue_running(chunks, self.limits.max_num_batched_tokens)
         self._admit(chunks, budget)
+        while not chunks and (parked := [sequence for sequence in self.running if sequence.parked]):
+            # What they hold is all that those need for whom they wait.
+            self._preempt(_youngest(parked), chunks)
+            self._admit(chunks, self.limits.max_num_batched_tokens)
         return chunks
+
+    @property
+    def copies(self) -> list[BlockCopy]:
+        """The copies of blocks to make, in this order, before the planned step runs."""
+        return self.blocks.copies
 
     def computed(self, chunks: Iterable[Chunk]) -> None:
         """Note that the chunks' keys and values now stand in the cache."""
@@ -131,6 +149,27 @@ class Scheduler:
             self._waits_no_more(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
 
+    def replace(self, parents: Iterable[Sequence], forks: Iterable[Fork]) -> None:
+        """Put children in the place of their parents. They share blocks where parents run and there is room."""
+        running = []
+        for fork in forks:
+            if fork.parent.status is SequenceStatus.RUNNING:
+                held = self._residency.acquire(fork.child)
+                assert held, "the parent holds the same adapters"
+                self.blocks.share(fork)
+                running.append(fork.child)
+            else:
+                self._wait(fork.child)
+        for parent in parents:
+            self.finish(parent)
+        for child in running:
+            if len(self.running) < self._most_running:
+                child.move_to(SequenceStatus.RUNNING)
+                self.running.append(child)
+            else:
+                self._give_back(child)
+                self._wait(child)
+
     def _continue_running(self, chunks: list[Chunk], budget: int) -> int:
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
         filling = [sequence for sequence in self.running if sequence.num_pending > 1]
@@ -140,16 +179,24 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, chunks):
                 chunks.append(self._chunk(sequence, 1))
                 budget -= 1
-        budget = self.limits.max_num_batched_tokens - len(chunks)  # a preemption may have taken chunks out again
         for sequence in filling:
-            if sequence.status is SequenceStatus.RUNNING:
-                budget -= self._fill(sequence, chunks, budget)
-        return budget
+            if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, chunks):
+                budget = self._left(chunks)
+                if self._fits(sequence, chunks, budget):
+                    self._fill(sequence, chunks, budget)
+        return self._left(chunks)
+
+    def _left(self, chunks: list[Chunk]) -> int:
+        # Counted anew, for a preemption may have taken chunks out again.
+        return self.limits.max_num_batched_tokens - sum(chunk.count for chunk in chunks)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         passed: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._most_running:
             sequence = self.waiting[0]
+            if sequence.parked:
+                passed.append(self.waiting.popleft())
+                continue
             if not self._fits(sequence, chunks, budget):
                 break
             if not self._residency.acquire(sequence):
@@ -167,7 +214,7 @@ class Scheduler:
             sequence.move_to(SequenceStatus.RUNNING)
             self.running.append(sequence)
             for older in passed:
-                older.bypassed += 1
+                older.bypassed += not older.parked
             budget -= self._fill(sequence, chunks, budget)
         self.waiting.extendleft(reversed(passed))
 
@@ -178,7 +225,7 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> bool:
         """Whether a prompt that must not be split has room in this step; alone in a step it always has."""
-        return self.limits.split_prefill or sequence.num_tokens <= budget or not chunks
+        return self.limits.split_prefill or sequence.num_pending <= budget or not chunks
 
     def _fill(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
         """Plan a prefill chunk within the budget; return how many tokens it takes."""
@@ -195,7 +242,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
         """Make room for the sequence's pending token, preempting younger ones; False: it was preempted itself."""
         while self.blocks.missing(sequence) > self.blocks.pool.num_free:
-            victim = max(self.running, key=lambda running: running.arrival)
+            victim = _youngest(self.running)
             self._preempt(victim, chunks)
             if victim is sequence:
                 return False
@@ -208,6 +255,9 @@ class Scheduler:
         self._give_back(sequence)
         sequence.move_to(SequenceStatus.WAITING)
         self.num_preemptions += 1
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
         # The queue stays in the order of arrival, so that an old sequence is never behind a young one.
         place = sum(1 for waiting in self.waiting if waiting.arrival < sequence.arrival)
         self.waiting.insert(place, sequence)
@@ -222,3 +272,8 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.close(sequence)
         self._residency.release(sequence)
+
+
+def _youngest(sequences: list[Sequence]) -> Sequence:
+    """Return the one that came last; of beams, which came together, the last one."""
+    return max(reversed(sequences), key=lambda sequence: sequence.arrival)

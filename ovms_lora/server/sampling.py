@@ -5,6 +5,7 @@ Owns that order and the meaning of the fields; knows nothing of how they were ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,12 @@ class SamplingDefaults:
     """Where the dialects differ when neither the request nor the model's folder says anything.
 
     `top_k` 0 keeps every token; `stop_string_in_streams` tells whether a stream holds the matched stop string unless
-    the request says otherwise.
+    the request says otherwise. `beam_width` returns the width of the beam search that is asked for, 1 for none.
     """
 
     top_k: int
     stop_string_in_streams: bool
+    beam_width: Callable[[Values], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ def sampling_params(values: Values, model: GenerationDefaults, dialect: Sampling
     try:
         return SamplingParams(
             n=values.get("n", 1),
-            temperature=pick("temperature", 1.0),
+            # A search of width 1 is greedy decoding.
+            temperature=0.0 if values.get("use_beam_search") else pick("temperature", 1.0),
             top_p=max(pick("top_p", 1.0), _SMALLEST_TOP_P),
             top_k=max(pick("top_k", dialect.top_k), 0),
             min_p=pick("min_p", 0.0),
@@ -87,7 +90,9 @@ def sampling_params(values: Values, model: GenerationDefaults, dialect: Sampling
             presence_penalty=values.get("presence_penalty", 0.0),
             frequency_penalty=values.get("frequency_penalty", 0.0),
             repetition_penalty=pick("repetition_penalty", 1.0),
-            length_penalty=values.get("length_penalty", 1.0),
+            beam_width=dialect.beam_width(values),
+            length_penalty=pick("length_penalty", 1.0),
+            early_stopping=pick("early_stopping", False),
             logit_bias=values.get("logit_bias", {}),
             logprobs=_logprobs(values),
             prompt_logprobs=_prompt_logprobs(values),

@@ -101,6 +101,7 @@ _COMMON = (
         that(lambda value: value > 0, "repetition_penalty must be greater than zero"),
     ),
     Field("length_penalty", number("length_penalty must be a number")),
+    _boolean("use_beam_search"),
     _integer("min_tokens", 0),
     Field(
         "stop_token_ids",
@@ -124,7 +125,6 @@ _COMMON = (
     unsupported("guided_regex"),
     unsupported("guided_choice"),
     unsupported("guided_grammar"),
-    unsupported("use_beam_search", False),
     unsupported("bad_words", []),
     unsupported("allowed_token_ids"),
     unsupported("truncate_prompt_tokens"),
@@ -178,6 +178,11 @@ _COMMON_TOGETHER = (
         lambda v, limits: limits.max_tokens_limit is not None and _asked_tokens(v) > limits.max_tokens_limit,
         "max_tokens must not be greater than {limits.max_tokens_limit}",
     ),
+    Together(
+        "use_beam_search",
+        lambda v, _: bool(v.get("use_beam_search") and v.get("stream")),
+        "Streaming is not currently supported with beam search",
+    ),
     needs_adapters("lora_alphas"),
     needs_adapters("lora"),
     # What the engine does not do yet: refused by name, never dropped.
@@ -228,4 +233,10 @@ _CHAT_TOGETHER = (
 COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)
 CHAT = Table((*_COMMON, *_CHAT), _CHAT_TOGETHER)
 
-DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False)
+
+def _beam_width(values: Values) -> int:
+    # vLLM has no field for the width: `n` is both that and the number of results.
+    return values.get("n", 1) if values.get("use_beam_search") else 1
+
+
+DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False, beam_width=_beam_width)
