@@ -49,7 +49,13 @@ def results(served: Served, *requests: GenerationRequest) -> list[list[list[int]
 
 
 def answers_of(served: Served, *requests: GenerationRequest) -> list[list[Answer]]:
-    served.model.engine.call(lambda: [served.model.engine.submit(request) for request in requests])
+    engine = served.model.engine
+
+    def submit_all() -> None:
+        for request in requests:
+            engine.submit(request)
+
+    engine.call(submit_all)
     served.wait(*requests)
     return [
         [served.answers.of(request.request_id, index) for index in range(request.sampling.n)] for request in requests
