@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ovms_lora.core.sampling_params import SamplingParams
 from tests.engine.harness import generate, request
 from tests.server.serving import Served, serving, with_defaults
 
@@ -87,10 +88,9 @@ async def test_echo_alone_gives_every_result_the_prompt(shared: Served) -> None:
 
 async def test_the_folder_says_when_a_search_stops() -> None:
     async with serving(with_defaults(length_penalty=2.0, early_stopping="never")) as served:
-        seen: list[Any] = []
-        engine = served.models.engines[0]
-        submit = engine.submit
-        engine.submit = lambda each: (seen.append(each.sampling), submit(each))[1]  # type: ignore[method-assign]
+        seen: list[SamplingParams] = []
+        runner = served.models.runners["m"]
+        runner._before_step = lambda chunks: seen.append(chunks[0].sequence.request.sampling)
         await texts(served, best_of=2)
         await texts(served, best_of=2, length_penalty=0.5)
-    assert [(sampling.length_penalty, sampling.early_stopping) for sampling in seen] == [(2.0, "never"), (0.5, "never")]
+    assert {(sampling.length_penalty, sampling.early_stopping) for sampling in seen} == {(2.0, "never"), (0.5, "never")}
