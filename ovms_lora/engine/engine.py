@@ -126,9 +126,10 @@ class Engine:
         vocabulary = self._runner.vocab_size
         if not all(0 <= token < vocabulary for token in request.prompt_token_ids):
             raise InvalidFieldError(f"prompt holds a token id outside of 0 … {vocabulary - 1}", param="prompt")
-        named = (*request.sampling.logit_bias, *request.sampling.stop_token_ids)
-        if not all(0 <= token < vocabulary for token in named):
-            raise InvalidFieldError(f"a token id is outside of the vocabulary of {vocabulary}", param="logit_bias")
+        named = {"logit_bias": request.sampling.logit_bias, "stop_token_ids": request.sampling.stop_token_ids}
+        for field, tokens in named.items():
+            if not all(0 <= token < vocabulary for token in tokens):
+                raise InvalidFieldError(f"{field} holds a token id outside of 0 … {vocabulary - 1}", param=field)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request, whatever its state; from any thread. Unknown ids are ended requests and do nothing."""

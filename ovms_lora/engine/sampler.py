@@ -90,7 +90,8 @@ class Sampler:
         for token, bias in sampling.logit_bias.items():
             row[token] += np.float32(min(max(bias, -_HIGHEST), _HIGHEST))
         if sequence.num_output < sampling.min_tokens:
-            row[[*self._eos, *sampling.stop_token_ids]] = -np.inf
+            ending = sampling.stop_token_ids if sampling.ignore_eos else (*self._eos, *sampling.stop_token_ids)
+            row[list(ending)] = -np.inf
         return row
 
 

@@ -25,7 +25,7 @@ from ovms_lora.server.call import Call, Choices
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.disconnect import unless_gone
 from ovms_lora.server.fields import Table
-from ovms_lora.server.sampling import sampling_params, token_budget
+from ovms_lora.server.sampling import sampled_candidates, sampling_params, token_budget
 from ovms_lora.server.shapes import Answer, ChoiceShape
 from ovms_lora.server.sse import EventStream, event
 from ovms_lora.server.state import ServerState, state_of
@@ -73,6 +73,7 @@ def _call(document: Mapping[str, Any], served: ServedModel, dialect: Dialect, en
         model=document.get("model") or served.name,
         prompts=endpoint.prompts(values, model),
         sampling=sampling_params(values, model.generation_defaults, dialect.defaults),
+        candidates=sampled_candidates(values, dialect.defaults),
         budget=token_budget(values, model.generation_defaults, model.options.max_tokens_limit, endpoint.max_tokens),
         stream=values.get("stream", False),
         include_usage=options.get("include_usage", False),
@@ -111,7 +112,7 @@ class _Work:
         finally:
             stream.close()
         self.metrics.end()
-        return JSONResponse(self._answer(self._shape()).whole(choices.all, choices.usage()))
+        return JSONResponse(self._answer(self._shape()).whole(choices.best(), choices.usage()))
 
     async def streamed(self, request: Request) -> Response:
         """Wait for the first output, so that an error before it keeps its status; then send events."""

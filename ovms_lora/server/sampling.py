@@ -5,7 +5,6 @@ Owns that order and the meaning of the fields; knows nothing of how they were ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +25,13 @@ class SamplingDefaults:
     """Where the dialects differ when neither the request nor the model's folder says anything.
 
     `top_k` 0 keeps every token; `stop_string_in_streams` tells whether a stream holds the matched stop string unless
-    the request says otherwise. `beam_width` returns the width of the beam search that is asked for, 1 for none.
+    the request says otherwise. `best_of` is the width of a beam search where `best_of_searches`; else so many
+    continuations are sampled and the most probable ones returned.
     """
 
     top_k: int
     stop_string_in_streams: bool
-    beam_width: Callable[[Values], int]
+    best_of_searches: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def sampling_params(values: Values, model: GenerationDefaults, dialect: Sampling
             presence_penalty=values.get("presence_penalty", 0.0),
             frequency_penalty=values.get("frequency_penalty", 0.0),
             repetition_penalty=pick("repetition_penalty", 1.0),
-            beam_width=dialect.beam_width(values),
+            beam_width=_beam_width(values, dialect),
             length_penalty=pick("length_penalty", 1.0),
             early_stopping=pick("early_stopping", False),
             logit_bias=values.get("logit_bias", {}),
@@ -100,6 +100,18 @@ def sampling_params(values: Values, model: GenerationDefaults, dialect: Sampling
     except ValueError as error:
         message = str(error)
         raise InvalidFieldError(message, param=message.split(" ", 1)[0]) from error
+
+
+def sampled_candidates(values: Values, dialect: SamplingDefaults) -> int:
+    """Return how many continuations are sampled for each prompt, to return the `n` best of."""
+    n: int = values.get("n", 1)
+    return n if dialect.best_of_searches else max(n, values.get("best_of", 1))
+
+
+def _beam_width(values: Values, dialect: SamplingDefaults) -> int:
+    # vLLM has no field for the width: `n` is both that and the number of results.
+    width: int = values.get("best_of" if dialect.best_of_searches else "n", 1)
+    return width if dialect.best_of_searches or values.get("use_beam_search") else 1
 
 
 def _seed(seed: int | None) -> int | None:

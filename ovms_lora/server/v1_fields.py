@@ -118,7 +118,7 @@ _COMMON = (
     Field("response_format", inputs.response_format),
     Field("lora_alphas", inputs.lora_alphas),
     Field("lora", inputs.lora),
-    _integer("best_of", 1),
+    _integer("best_of", 1, MAX_N),
     # What would change the answer, and cannot yet
     unsupported("structured_outputs"),
     unsupported("guided_json"),
@@ -183,10 +183,20 @@ _COMMON_TOGETHER = (
         lambda v, _: bool(v.get("use_beam_search") and v.get("stream")),
         "Streaming is not currently supported with beam search",
     ),
+    Together("best_of", lambda v, _: v.get("best_of", MAX_N) < v.get("n", 1), "best_of must not be less than n"),
+    Together(
+        "best_of",
+        lambda v, _: v.get("best_of", 1) > v.get("n", 1) and bool(v.get("stream")),
+        "best_of greater than n cannot be used with stream",
+    ),
+    Together(
+        "best_of",
+        lambda v, _: v.get("best_of", 1) > v.get("n", 1) and bool(v.get("use_beam_search")),
+        "best_of greater than n cannot be used with use_beam_search",
+    ),
     needs_adapters("lora_alphas"),
     needs_adapters("lora"),
     # What the engine does not do yet: refused by name, never dropped.
-    Together("best_of", lambda v, _: v.get("best_of", 1) > v.get("n", 1), "best_of greater than n is not supported"),
     Together(
         "response_format",
         lambda v, _: v.get("response_format", {}).get("type", "text") != "text",
@@ -234,9 +244,4 @@ COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)
 CHAT = Table((*_COMMON, *_CHAT), _CHAT_TOGETHER)
 
 
-def _beam_width(values: Values) -> int:
-    # vLLM has no field for the width: `n` is both that and the number of results.
-    return values.get("n", 1) if values.get("use_beam_search") else 1
-
-
-DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False, beam_width=_beam_width)
+DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False, best_of_searches=False)

@@ -186,4 +186,4 @@ _CHAT_TOGETHER = (
 COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)
 CHAT = Table((*_COMMON, *_CHAT), _CHAT_TOGETHER)
 
-DEFAULTS = SamplingDefaults(top_k=40, stop_string_in_streams=True, beam_width=lambda v: v.get("best_of", 1))
+DEFAULTS = SamplingDefaults(top_k=40, stop_string_in_streams=True, best_of_searches=True)
