@@ -65,8 +65,8 @@ class BeamSearch:
         self._request: GenerationRequest = request
         self._output = output
         self._width = request.sampling.beam_width
-        # Enough for `beam_width` that go on, even if every ending token is among the best of every beam.
-        self._kept = max(2, 1 + len(output.ending_tokens(request))) * self._width
+        self._compared = 2 * self._width  # so many that enough go on, also where a stop string ends some
+        self._ending = np.array(sorted(output.ending_tokens(request)), np.int64)
         self._beams = [_Beam(root, 0.0, SequenceOutput(request.request_id, root.index))]
         self._candidates: dict[engine_sequence.Sequence, _Candidates] = {}
         self._results: list[_Result] = []  # best first
@@ -88,8 +88,7 @@ class BeamSearch:
         The sequence is parked until `advance`. Rows are not kept.
         """
         beam = next(beam for beam in self._beams if beam.sequence is sequence)
-        tokens = top_indices(adjusted, self._kept)
-        tokens = tokens[np.isfinite(adjusted[tokens])]
+        tokens = self._best(adjusted)
         scores = beam.score + _log_probabilities(adjusted, tokens)
         top = self._request.sampling.logprobs
         logprobs = None if top is None else _for_client(logits, tokens, top)
@@ -118,13 +117,28 @@ class BeamSearch:
             return []
         return forks
 
+    def _best(self, row: FloatArray) -> IntArray:
+        """Return the best tokens of a row, best first: enough of all, and enough of those that go on."""
+        tokens = top_indices(row, self._compared)
+        if np.isin(tokens, self._ending).any():
+            going_on = row.copy()
+            going_on[self._ending] = -np.inf
+            tokens = np.union1d(tokens, top_indices(going_on, self._compared))
+            tokens = tokens[np.argsort(-row[tokens], kind="stable")]
+        return tokens[np.isfinite(row[tokens])]
+
     def _ranked(self) -> Iterator[tuple[_Candidates, int]]:
-        """Yield the best candidates of all beams, best first, and of equal ones that of the better beam."""
+        """Yield the best candidates of all beams, best first, and of equal ones that of the better beam.
+
+        After the first `beam_width` of them an ending token is of no use.
+        """
         offered = [self._candidates[beam.sequence] for beam in self._beams]
         scores = np.concatenate([candidates.scores for candidates in offered])
         owners = np.repeat(np.arange(len(offered)), [len(candidates.tokens) for candidates in offered])
         places = np.concatenate([np.arange(len(candidates.tokens)) for candidates in offered])
-        for best in np.argsort(-scores, kind="stable")[: self._kept]:
+        order = np.argsort(-scores, kind="stable")
+        ends = np.isin(np.concatenate([candidates.tokens for candidates in offered])[order], self._ending)
+        for best in order[(np.arange(len(order)) < self._width) | ~ends][: self._compared]:
             yield offered[owners[best]], int(places[best])
 
     def _extended(self, candidates: _Candidates, place: int) -> _Beam:
