@@ -90,8 +90,7 @@ class Sampler:
         for token, bias in sampling.logit_bias.items():
             row[token] += np.float32(min(max(bias, -_HIGHEST), _HIGHEST))
         if sequence.num_output < sampling.min_tokens:
-            ending = sampling.stop_token_ids if sampling.ignore_eos else (*self._eos, *sampling.stop_token_ids)
-            row[list(ending)] = -np.inf
+            row[[*self._eos, *sampling.stop_token_ids]] = -np.inf
         return row
 
 

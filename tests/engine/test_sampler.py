@@ -209,7 +209,6 @@ def test_eos_and_stop_tokens_are_kept_out_until_min_tokens() -> None:
     early = sequence(min_tokens=2, stop_token_ids=[1], output=[2])
     late = sequence(min_tokens=2, stop_token_ids=[1], output=[2, 2])
     assert chosen(row, early, eos=(0,)).token_id == 2
-    assert chosen(row, sequence(min_tokens=2, ignore_eos=True), eos=(0,)).token_id == 0
     assert chosen(row, late, eos=(0,)).token_id == 0
 
 
