@@ -96,7 +96,7 @@ class BeamSearch:
         sequence.parked = True
 
     def advance(self) -> list[Fork]:
-        """Choose the next beams; return how they come out of the present ones. None: the search is over."""
+        """Choose the next beams; return how they come out of the present ones, nothing when the search is over."""
         assert self.ready, "a beam is compared with all others"
         beams: list[_Beam] = []
         forks: list[Fork] = []

@@ -106,7 +106,8 @@ class Engine:
         wait, UnavailableError while stopping, EngineError after the engine has failed.
         """
         self.check(request)
-        self._inbox.submit(request, waiting=self._scheduler.num_waiting_requests)
+        scheduler = self._scheduler
+        self._inbox.submit(request, waiting=scheduler.num_waiting_requests, sequences=len(scheduler.waiting))
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InvalidFieldError when a request can never run here."""

@@ -25,6 +25,7 @@ from ovms_lora.core.request import GenerationRequest
 
 T = TypeVar("T")
 
+_MOST_SEQUENCES = 4096  # that wait: each has its own copy of the prompt, so requests alone do not bound the memory
 _IDLE_SECONDS = 0.5  # how often an idle engine shows that it is alive
 
 
@@ -65,8 +66,8 @@ class Inbox:
         with self._changed:
             return self._count()
 
-    def submit(self, request: GenerationRequest, *, waiting: int) -> None:
-        """Leave a request; `waiting` is how many wait behind the inbox.
+    def submit(self, request: GenerationRequest, *, waiting: int, sequences: int = 0) -> None:
+        """Leave a request; `waiting` is how many wait behind the inbox, and `sequences` how many sequences they are.
 
         Raises QueueFullError, InvalidFieldError when a request with this id has not ended, UnavailableError after
         `close`, EngineError after `fail`.
@@ -79,6 +80,8 @@ class Inbox:
                 raise InvalidFieldError(f"a request with the id {request.request_id} runs already", param="request_id")
             if waiting + self._count() >= self._max_waiting:
                 raise QueueFullError(f"{self._max_waiting} requests are waiting already")
+            if sequences + self._count_sequences() + request.sampling.n > _MOST_SEQUENCES:
+                raise QueueFullError(f"{_MOST_SEQUENCES} sequences would wait with these")
             self._ids.add(request.request_id)
             self._messages.append(request)
             self._changed.notify()
@@ -151,6 +154,9 @@ class Inbox:
 
     def _count(self) -> int:
         return sum(isinstance(message, GenerationRequest) for message in self._messages)
+
+    def _count_sequences(self) -> int:
+        return sum(message.sampling.n for message in self._messages if isinstance(message, GenerationRequest))
 
     def _check_open(self) -> None:
         if self.closed:

@@ -31,6 +31,14 @@ def test_requests_count_here_and_behind() -> None:
     inbox.submit(request("2"), waiting=1)
 
 
+def test_sequences_are_bounded_too() -> None:
+    inbox = Inbox(256)
+    inbox.submit(request("1", n=128), waiting=0, sequences=4096 - 2 * 128)
+    with pytest.raises(QueueFullError, match="4096 sequences"):
+        inbox.submit(request("2", n=128), waiting=0, sequences=4096 - 2 * 128 + 1)
+    inbox.submit(request("2", n=128), waiting=0, sequences=4096 - 2 * 128)
+
+
 def test_an_id_is_taken_until_its_request_has_ended() -> None:
     inbox = Inbox(8)
     inbox.submit(request("r"), waiting=0)
