@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from ovms_lora.core.errors import EngineError
+from ovms_lora.engine.block_tables import BlockCopy
 from ovms_lora.engine.runner import FloatArray
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.engine.tokenizer import Tokenizer
@@ -63,9 +64,12 @@ class FakeRunner:
         block_size: int = 4,
         ends_after: Callable[[list[int]], bool] | None = None,
         before_step: Callable[[Sequence[Chunk]], None] | None = None,
+        copies_blocks: bool = True,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.copies_blocks = copies_blocks
+        self.num_copies = 0
         self.steps: list[list[tuple[str, int, int, int]]] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -73,6 +77,12 @@ class FakeRunner:
         self._ends_after = ends_after
         self._before_step = before_step
         self._cache = np.full((num_blocks, block_size), -1, np.int64)
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        assert self.copies_blocks or not copies
+        for copy in copies:
+            self._cache[copy.target] = self._cache[copy.source]
+        self.num_copies += len(copies)
 
     def run(self, chunks: Sequence[Chunk]) -> FloatArray:
         self.gate.wait()

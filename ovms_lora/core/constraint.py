@@ -53,6 +53,9 @@ class TokenMatcher(Protocol):
     def accept(self, token_id: int) -> None:
         """Go on with a token that was allowed."""
 
+    def fork(self) -> TokenMatcher:
+        """Return a matcher for another sequence that is as far and goes on by itself."""
+
     @property
     def finished(self) -> bool:
         """Whether the text is complete and nothing but EOS may follow."""

@@ -15,6 +15,7 @@ from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph
 from ovms_lora.core.request import AdapterUse
+from ovms_lora.core.sampling_params import EarlyStopping
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
@@ -35,6 +36,8 @@ class GenerationDefaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    length_penalty: float | None = None
+    early_stopping: EarlyStopping | None = None
     max_new_tokens: int | None = None
     do_sample: bool | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -133,6 +136,8 @@ def read_generation_defaults(folder: Path, path: str = "") -> GenerationDefaults
         top_k=_integer(values, "top_k"),
         min_p=_number(values, "min_p"),
         repetition_penalty=_number(values, "repetition_penalty"),
+        length_penalty=_number(values, "length_penalty"),
+        early_stopping=_early_stopping(values.get("early_stopping")),
         max_new_tokens=_integer(values, "max_new_tokens"),
         do_sample=values.get("do_sample") if isinstance(values.get("do_sample"), bool) else None,
         eos_token_ids=tuple(token for token in eos_ids if isinstance(token, int)),
@@ -161,6 +166,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFolderError(f"{path} does not hold a JSON object", hint="export the model again")
     return value
+
+
+def _early_stopping(value: object) -> EarlyStopping | None:
+    if isinstance(value, bool):
+        return value
+    return "never" if value == "never" else None
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:

@@ -18,6 +18,7 @@ import openvino as ov
 from ovms_lora.adapters.adapter import BaseLinears, LinearShape
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import EngineError, ModelFolderError
+from ovms_lora.engine.block_tables import BlockCopy
 from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.linears import find_linears, group_linears
 from ovms_lora.engine.lora_graph import ALPHA, HEAD_ALPHA, HEAD_ROWS, INITIAL, ROWS, insert_lora
@@ -35,11 +36,15 @@ _GIB = 1 << 30
 
 
 class ModelRunner(Protocol):
-    """What the engine needs of a device."""
+    """What the engine needs of a device. `copies_blocks` tells whether `copy_blocks` may be called."""
 
     vocab_size: int
     block_size: int
     num_blocks: int
+    copies_blocks: bool
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks of the KV cache, one after another."""
 
     def run(self, chunks: Sequence[Chunk]) -> FloatArray:
         """Compute the chunks; return logits [rows, vocab_size], each chunk's `num_sampled` rows in order.
@@ -143,6 +148,8 @@ class GraphSource:
 class OpenVinoRunner:
     """A ModelRunner over one OpenVINO device. Holds the KV cache, which outlives a change of the graph."""
 
+    copies_blocks = True  # the caches are host tensors
+
     def __init__(self, graph: CompiledGraph, options: EngineOptions, *, max_model_len: int) -> None:
         self.vocab_size = graph.vocab_size
         caches = _cache_ports(graph.request)
@@ -150,6 +157,8 @@ class OpenVinoRunner:
         wanted = -(-max_model_len // self.block_size) * options.max_num_seqs
         self.num_blocks = _count_blocks(caches, options.cache_size, wanted)
         self._cache = {port.any_name: _cache_tensor(port, self.num_blocks) for port in caches}
+        # Rows of bytes, whatever type and layout the device has chosen for a block.
+        self._blocks = [tensor.data.reshape(self.num_blocks, -1).view(np.uint8) for tensor in self._cache.values()]
         self.adopt(graph)
 
     def adopt(self, graph: CompiledGraph) -> None:
@@ -165,6 +174,12 @@ class OpenVinoRunner:
         if layout and layout.head:
             names |= {HEAD_ROWS: np.int32, HEAD_ALPHA: np.float32}
         self._inputs = {name: _Input(self._request, name, dtype) for name, dtype in names.items()}
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks; see ModelRunner."""
+        for copy in copies:
+            for blocks in self._blocks:
+                blocks[copy.target] = blocks[copy.source]
 
     def run(self, chunks: Sequence[Chunk]) -> FloatArray:
         """Compute one step; see ModelRunner."""

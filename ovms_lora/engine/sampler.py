@@ -58,6 +58,13 @@ class Sampler:
             chosen.append(Sampled(token, None if wanted is None else token_logprob(row, token, wanted)))
         return chosen
 
+    def adjusted(self, row: FloatArray, sequence: engine_sequence.Sequence) -> FloatArray | None:
+        """Return a row with penalties, biases and forbidden tokens applied; None where nothing of it can be chosen."""
+        if not np.isfinite(row.max()):
+            return None
+        row = self._adjusted(row, sequence) if _adjusts(sequence) else row
+        return row if np.isfinite(row.max()) else None
+
     def _choose(self, row: FloatArray, sequence: engine_sequence.Sequence, best: int) -> int | None:
         sampling = sequence.request.sampling
         # argmax finds NaN before anything else, so the best value tells of the whole row.

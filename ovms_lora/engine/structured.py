@@ -78,6 +78,10 @@ class GrammarMatcher:
         """Go on with a token that was allowed."""
         self._matcher.consume_token(token_id)
 
+    def fork(self) -> GrammarMatcher:
+        """Return a matcher for another sequence that is as far and goes on by itself; takes microseconds."""
+        return GrammarMatcher(self._constraint, self._matcher.deep_copy())
+
     @property
     def finished(self) -> bool:
         """Whether the text is complete and nothing but EOS may follow."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,6 +118,12 @@ class Detokenizer:
         if text.endswith(_REPLACEMENT) and len(self._open) < _MOST_OPEN:
             return ""
         return self._settle(text)
+
+    def fork(self) -> Detokenizer:
+        """Return another one that goes on from here."""
+        other = copy.copy(self)
+        other._open = list(self._open)
+        return other
 
     def flush(self) -> str:
         """Return the text that is still held back; what never became a character is given as U+FFFD."""

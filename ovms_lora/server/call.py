@@ -32,7 +32,8 @@ class Prompt:
 class Call:
     """One client request: prompts to continue, `sampling.n` times each, and how to answer.
 
-    `constraint` is what the text must match, `grammar` how reasoning and tool calls are told from content in it.
+    With more `candidates` than that, so many are sampled for each prompt, and the answer has the best. `constraint` is
+    what the text must match, `grammar` how reasoning and tool calls are told from content in it.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Call:
     model: str
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
+    candidates: int
     budget: TokenBudget
     stream: bool = False
     include_usage: bool = False
@@ -79,8 +81,11 @@ class Call:
 
     def _sampling_for(self, prompt: Prompt, max_model_len: int) -> SamplingParams:
         max_tokens = self.budget.for_prompt(len(prompt.token_ids), max_model_len)
+        logprobs = self.sampling.logprobs
+        if logprobs is None and self.candidates > self.sampling.n:
+            logprobs = 0  # to compare the candidates
         try:
-            return replace(self.sampling, max_tokens=max_tokens)
+            return replace(self.sampling, max_tokens=max_tokens, n=self.candidates, logprobs=logprobs)
         except ValueError as error:
             raise InvalidFieldError(str(error), param="min_tokens") from error
 
@@ -100,6 +105,11 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     started: bool = False
+
+    @property
+    def mean_logprob(self) -> float:
+        """The log-probability per token, by which OpenAI's `best_of` compares."""
+        return sum(entry.logprob for entry in self.logprobs) / max(len(self.logprobs), 1)
 
     def add(self, output: SequenceOutput) -> None:
         """Take what one step brought."""
@@ -123,18 +133,29 @@ class Usage:
 
 
 class Choices:
-    """All sequences of a call: prompt p's sequence i is choice p · n + i."""
+    """All sequences of a call: sequence i of prompt p, which has n of them, is choice p · n + i."""
 
     def __init__(self, call: Call) -> None:
-        n = call.sampling.n
+        n = call.candidates
         self._prompts = call.prompts
         self._n = n
+        self._answered = call.sampling.n
         self._first = {f"{call.id}-{number}": number * n for number in range(len(call.prompts))}
         self.all = [Choice(index, call.prompts[index // n]) for index in range(n * len(call.prompts))]
 
     def of(self, output: SequenceOutput) -> Choice:
         """Return the choice that an output belongs to."""
         return self.all[self._first[output.request_id] + output.index]
+
+    def best(self) -> list[Choice]:
+        """Return the choices to answer with: all, or the best of each prompt, best first, with the places they take."""
+        if self._answered == self._n:
+            return self.all
+        found: list[Choice] = []
+        for first in range(0, len(self.all), self._n):
+            ranked = sorted(self.all[first : first + self._n], key=lambda choice: -choice.mean_logprob)
+            found += ranked[: self._answered]
+        return [replace(choice, index=index) for index, choice in enumerate(found)]
 
     def usage(self) -> Usage:
         """Return the token numbers so far; a prompt counts once, however many sequences continue it."""

@@ -28,7 +28,7 @@ from ovms_lora.server.constraints import asked_constraint
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.disconnect import unless_gone
 from ovms_lora.server.fields import Table, Values
-from ovms_lora.server.sampling import sampling_params, token_budget
+from ovms_lora.server.sampling import sampled_candidates, sampling_params, token_budget
 from ovms_lora.server.shapes import Answer, ChoiceShape
 from ovms_lora.server.sse import EventStream, event
 from ovms_lora.server.state import ServerState, state_of
@@ -100,6 +100,7 @@ def _call(asked: _Asked, served: ServedModel, dialect: Dialect, endpoint: Endpoi
         model=asked.model,
         prompts=prompts,
         sampling=sampling,
+        candidates=sampled_candidates(values, dialect.defaults),
         budget=token_budget(values, model.generation_defaults, model.options.max_tokens_limit, endpoint.max_tokens),
         stream=values.get("stream", False),
         include_usage=options.get("include_usage", False),
@@ -151,7 +152,7 @@ class _Work:
         finally:
             stream.close()
         self.metrics.end()
-        return JSONResponse(self._answer(self._shape()).whole(choices.all, choices.usage()))
+        return JSONResponse(self._answer(self._shape()).whole(choices.best(), choices.usage()))
 
     async def streamed(self, request: Request) -> Response:
         """Wait for the first output, so that an error before it keeps its status; then send events."""

@@ -106,6 +106,7 @@ _COMMON = (
         that(lambda value: value > 0, "repetition_penalty must be greater than zero"),
     ),
     Field("length_penalty", number("length_penalty must be a number")),
+    _boolean("use_beam_search"),
     _integer("min_tokens", 0),
     Field(
         "stop_token_ids",
@@ -123,10 +124,9 @@ _COMMON = (
     Field("structured_outputs", constraints.structured_outputs),
     Field("lora_alphas", inputs.lora_alphas),
     Field("lora", inputs.lora),
-    _integer("best_of", 1),
+    _integer("best_of", 1, MAX_N),
     # What would change the answer, and cannot yet
     *map(_replaced, ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern")),
-    unsupported("use_beam_search", False),
     unsupported("bad_words", []),
     unsupported("allowed_token_ids"),
     unsupported("truncate_prompt_tokens"),
@@ -182,10 +182,24 @@ _COMMON_TOGETHER = (
         "max_tokens must not be greater than {limits.max_tokens_limit}",
     ),
     Together("structured_outputs", lambda v, _: constraints.asks_twice(v), constraints.MULTIPLE_SPECIFIED),
+    Together(
+        "use_beam_search",
+        lambda v, _: bool(v.get("use_beam_search") and v.get("stream")),
+        "Streaming is not currently supported with beam search",
+    ),
+    Together("best_of", lambda v, _: v.get("best_of", MAX_N) < v.get("n", 1), "best_of must not be less than n"),
+    Together(
+        "best_of",
+        lambda v, _: v.get("best_of", 1) > v.get("n", 1) and bool(v.get("stream")),
+        "best_of greater than n cannot be used with stream",
+    ),
+    Together(
+        "best_of",
+        lambda v, _: v.get("best_of", 1) > v.get("n", 1) and bool(v.get("use_beam_search")),
+        "best_of greater than n cannot be used with use_beam_search",
+    ),
     needs_adapters("lora_alphas"),
     needs_adapters("lora"),
-    # What the engine does not do yet: refused by name, never dropped.
-    Together("best_of", lambda v, _: v.get("best_of", 1) > v.get("n", 1), "best_of greater than n is not supported"),
 )
 
 _COMPLETIONS_TOGETHER = (
@@ -225,4 +239,5 @@ _CHAT_TOGETHER = (
 COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)
 CHAT = Table((*_COMMON, *_CHAT), _CHAT_TOGETHER)
 
-DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False)
+
+DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False, best_of_searches=False)

@@ -139,8 +139,6 @@ _COMMON_TOGETHER = (
     Together("n", lambda v, _: v.get("n", 1) > v.get("best_of", 1), "n value cannot be greater than best_of"),
     needs_adapters("lora_alphas"),
     needs_adapters("lora"),
-    # What the engine does not do yet: refused by name, never dropped.
-    Together("best_of", lambda v, _: v.get("best_of", 1) > 1, "best_of greater than 1 is not supported"),
 )
 
 _COMPLETIONS_TOGETHER = (
@@ -180,4 +178,4 @@ _CHAT_TOGETHER = (
 COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)
 CHAT = Table((*_COMMON, *_CHAT), _CHAT_TOGETHER)
 
-DEFAULTS = SamplingDefaults(top_k=40, stop_string_in_streams=True)
+DEFAULTS = SamplingDefaults(top_k=40, stop_string_in_streams=True, best_of_searches=True)

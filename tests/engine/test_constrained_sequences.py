@@ -156,6 +156,9 @@ class Only:
     def accept(self, token_id: int) -> None:
         self.accepted.append(token_id)
 
+    def fork(self) -> Only:
+        return self
+
 
 def chosen(only: Only, row: list[float], **sampling: Any) -> int | None:
     params = SamplingParams(**{"temperature": 0.0, **sampling})

@@ -24,6 +24,15 @@ def test_defaults_come_from_generation_config(tmp_path: Path) -> None:
     assert defaults.top_p is None
 
 
+@pytest.mark.parametrize(
+    ("written", "read"), [(True, True), (False, False), ("never", "never"), ("always", None), (1, None)]
+)
+def test_the_rule_to_stop_a_beam_search(tmp_path: Path, written: object, read: object) -> None:
+    write(tmp_path, "generation_config.json", early_stopping=written, length_penalty=0.5)
+    defaults = read_generation_defaults(tmp_path)
+    assert (defaults.early_stopping, defaults.length_penalty) == (read, 0.5)
+
+
 def test_the_graph_may_name_another_file(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", temperature=0.5)
     write(tmp_path, "other.json", temperature=0.9)

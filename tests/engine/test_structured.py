@@ -149,6 +149,16 @@ def test_matchers_of_one_constraint_go_their_own_ways() -> None:
     assert np.flatnonzero(first.allowed(VOCAB_SIZE)).tolist() == [ord("b")]
 
 
+def test_a_fork_begins_where_its_parent_is_and_goes_its_own_way() -> None:
+    parent = compiled(choice("abc", "abd")).matcher()
+    for token in b"ab":
+        parent.accept(token)
+    child = parent.fork()
+    child.accept(ord("c"))
+    assert child.finished
+    assert np.flatnonzero(parent.allowed(VOCAB_SIZE)).tolist() == [ord("c"), ord("d")]
+
+
 @pytest.mark.parametrize("width", [100, VOCAB_SIZE, 300])
 def test_the_mask_has_the_width_of_the_logits(width: int) -> None:
     """A model may have more logits than its tokenizer has tokens: nobody may choose those."""

@@ -156,7 +156,8 @@ def test_a_client_that_hangs_up_is_noticed() -> None:
     with one_model(STEP_SECONDS="0.01") as process, httpx.Client(base_url=process.url) as client:
         body = {"model": "m", "prompt": "hello", "max_tokens": 2000, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v3/completions", json=body) as response:
-            next(response.iter_bytes())
+            pieces = response.iter_bytes()  # an iterator that is dropped hangs up
+            next(pieces)
             assert 'vllm:num_requests_running{model_name="m"} 1.0' in client.get("/metrics").text
         time.sleep(0.2)
         assert 'vllm:num_requests_running{model_name="m"} 0.0' in client.get("/metrics").text

@@ -63,7 +63,9 @@ COMMON_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"best_of": -1}, "best_of is not an unsigned integer"),
     ({"best_of": 20}, "best_of exceeds limit provided in graph config: 20"),
     ({"best_of": 1, "stream": True}, "best_of cannot be used in streaming mode"),
-    ({"best_of": 2}, "best_of greater than 1 is not supported"),
+    ({"best_of": "2"}, "best_of is not an unsigned integer"),
+    ({"best_of": 2, "stream": True}, "best_of cannot be used in streaming mode"),
+    ({"best_of": 2, "n": 3}, "n value cannot be greater than best_of"),
     ({"ignore_eos": 1}, "ignore_eos accepts values true or false"),
     ({"skip_special_tokens": 1}, "skip_special_tokens is not a bool"),
     ({"stream_options": {"include_usage": True}}, "stream_options provided, but stream not set to true"),
@@ -201,6 +203,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"include_stop_str_in_output": True},
     {"n": 1, "best_of": 1},
     {"best_of": 1},
+    {"best_of": 19},
+    {"best_of": 3, "n": 3, "length_penalty": 2},
+    {"best_of": None, "stream": True},
     {"ignore_eos": True, "skip_special_tokens": False},
     {"stream": False},
     {"response_format": {"type": "text"}},
@@ -293,6 +298,7 @@ async def test_the_graph_limits_best_of() -> None:
     async with serving(FakeModels(options=EngineOptions(best_of_limit=3))) as served:
         over = "best_of exceeds limit provided in graph config: 3"
         assert await refusal(served, "/v3/completions", COMPLETION_BASE | {"best_of": 3}) == over
+        assert (await served.client.post("/v3/completions", json=COMPLETION_BASE | {"best_of": 2})).is_success
 
 
 async def test_a_model_without_template_refuses_chat() -> None:
