@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ovms_lora.core.strength import MAX_STRENGTH, is_strength
 from ovms_lora.server.fields import Check
 
 PromptInput = str | tuple[int, ...]
@@ -15,7 +16,6 @@ MAX_PROMPTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_BLEND = 64
-FLOAT32_MAX = 3.4028234663852886e38
 
 
 def prompts(value: Any) -> tuple[PromptInput, ...]:
@@ -164,9 +164,7 @@ def lora_alphas(value: Any) -> dict[str, float]:
     """An object of numbers. Raises ValueError with OVMS's messages."""
     if not isinstance(value, dict):
         raise ValueError("lora_alphas must be an object")
-    return {
-        alias: _strength(alpha, f"lora_alphas value for '{alias}' must be a number") for alias, alpha in value.items()
-    }
+    return {alias: _strength(alpha, f"lora_alphas value for '{alias}'") for alias, alpha in value.items()}
 
 
 def lora(value: Any) -> tuple[tuple[str, float | None], ...]:
@@ -187,11 +185,13 @@ def _blend_part(part: Any) -> tuple[str, float | None]:
     if set(part) - {"alias", "alpha"}:
         raise ValueError("lora must hold objects of alias and alpha only")
     alpha, alias = part.get("alpha"), part["alias"]
-    return alias, None if alpha is None else _strength(alpha, f"lora alpha for '{alias}' must be a number")
+    return alias, None if alpha is None else _strength(alpha, f"lora alpha for '{alias}'")
 
 
-def _strength(value: Any, message: str) -> float:
-    """Return a number that a 32-bit float can hold. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
-        raise ValueError(message)
+def _strength(value: Any, what: str) -> float:
+    """Return a number that may be a strength. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} must be a number")
+    if not is_strength(value):
+        raise ValueError(f"{what} out of range({-MAX_STRENGTH}, {MAX_STRENGTH})")
     return float(value)
