@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ovms_lora.core.strength import MAX_STRENGTH, is_strength
-from ovms_lora.server.fields import Check
+from ovms_lora.server.fields import Check, Schema, takes
 
 PromptInput = str | tuple[int, ...]
 
@@ -17,7 +17,46 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_BLEND = 64
 
+_TEXT: Schema = {"type": "string", "minLength": 1}
+_TOKEN_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PROMPT_LIST: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_PROMPTS,
+    "items": {"anyOf": [_TEXT, _TOKEN_IDS]},
+}
+_PART: Schema = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_MESSAGE: Schema = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]},
+    },
+    "required": ["role"],
+}
+_STOP: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_NAMED: Schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+_TOOL: Schema = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "function": _NAMED},
+    "required": ["type", "function"],
+}
+_TOOL_CHOICES = ("none", "auto", "required")
+_RESPONSE_FORMATS = ("text", "json_object", "json_schema")
+_STRENGTH: Schema = {"type": "number", "minimum": -MAX_STRENGTH, "maximum": MAX_STRENGTH}
+_BLEND_PART: Schema = {
+    "type": "object",
+    "properties": {"alias": {"type": "string"}, "alpha": {"anyOf": [_STRENGTH, {"type": "null"}]}},
+    "required": ["alias"],
+    "additionalProperties": False,
+}
 
+
+@takes({"anyOf": [_TEXT, _TOKEN_IDS, _PROMPT_LIST]})
 def prompts(value: Any) -> tuple[PromptInput, ...]:
     """A string, a list of strings, a list of token ids, or a list of such lists. Raises ValueError."""
     if isinstance(value, str) or (isinstance(value, list) and value and _is_token_id(value[0])):
@@ -44,6 +83,7 @@ def _is_token_id(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+@takes({"type": "array", "minItems": 1, "items": _MESSAGE})
 def messages(value: Any) -> list[dict[str, Any]]:
     """A non-empty array of chat messages; content becomes one string. Raises ValueError with OVMS's messages."""
     if not isinstance(value, list):
@@ -86,6 +126,7 @@ def _content_part(part: Any) -> str:
     return str(part["text"])
 
 
+@takes({"anyOf": [_STOP, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP}]})
 def stop_strings(value: Any) -> tuple[str, ...]:
     """One stop string or several. Raises ValueError."""
     if isinstance(value, str):
@@ -105,7 +146,9 @@ def stop_strings(value: Any) -> tuple[str, ...]:
 
 def stream_options(*accepted: str) -> Check:
     """An object of bools, none but the accepted ones."""
+    properties = {name: {"type": "boolean"} for name in accepted}
 
+    @takes({"type": "object", "properties": properties, "additionalProperties": False})
     def check(value: Any) -> dict[str, bool]:
         if not isinstance(value, dict):
             raise ValueError("stream_options is not an object")
@@ -122,6 +165,7 @@ def stream_options(*accepted: str) -> Check:
     return check
 
 
+@takes({"type": "array", "items": _TOOL})
 def tools(value: Any) -> list[dict[str, Any]]:
     """An array of function tools. Raises ValueError."""
     if not isinstance(value, list):
@@ -137,10 +181,18 @@ def tools(value: Any) -> list[dict[str, Any]]:
     return value
 
 
+@takes(
+    {
+        "anyOf": [
+            {"enum": list(_TOOL_CHOICES)},
+            {"type": "object", "properties": {"function": _NAMED}, "required": ["function"]},
+        ]
+    }
+)
 def tool_choice(value: Any) -> Any:
     """`none`, `auto`, `required`, or an object that names a function. Raises ValueError."""
     if isinstance(value, str):
-        if value not in ("none", "auto", "required"):
+        if value not in _TOOL_CHOICES:
             raise ValueError("tool_choice should be either 'none' or 'auto' or 'required'")
         return value
     if not isinstance(value, dict):
@@ -151,15 +203,17 @@ def tool_choice(value: Any) -> Any:
     return value
 
 
+@takes({"type": "object", "properties": {"type": {"enum": list(_RESPONSE_FORMATS)}}, "required": ["type"]})
 def response_format(value: Any) -> Any:
     """An object with a known type. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("response_format is not an object")
-    if value.get("type") not in ("text", "json_object", "json_schema"):
+    if value.get("type") not in _RESPONSE_FORMATS:
         raise ValueError("response_format.type must be one of text, json_object, json_schema")
     return value
 
 
+@takes({"type": "object", "additionalProperties": _STRENGTH})
 def lora_alphas(value: Any) -> dict[str, float]:
     """An object of numbers. Raises ValueError with OVMS's messages."""
     if not isinstance(value, dict):
@@ -167,6 +221,7 @@ def lora_alphas(value: Any) -> dict[str, float]:
     return {alias: _strength(alpha, f"lora_alphas value for '{alias}'") for alias, alpha in value.items()}
 
 
+@takes({"type": "array", "maxItems": MAX_BLEND, "items": _BLEND_PART})
 def lora(value: Any) -> tuple[tuple[str, float | None], ...]:
     """A blend: an array of `{"alias", "alpha"}`, alpha left out for the adapter's own. Raises ValueError."""
     if not isinstance(value, list):

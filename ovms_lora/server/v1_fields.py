@@ -26,6 +26,7 @@ from ovms_lora.server.fields import (
     items,
     needs_adapters,
     number,
+    takes,
     text,
     that,
     unsupported,
@@ -55,6 +56,14 @@ def _ignored(*names: str) -> tuple[Field, ...]:
     return tuple(Field(name) for name in names)
 
 
+@takes(
+    {
+        "type": "object",
+        "maxProperties": MAX_LOGIT_BIAS,
+        "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    }
+)
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         raise ValueError("logit_bias must be an object")
@@ -84,7 +93,7 @@ _COMMON = (
     Field(
         "top_p",
         number("top_p must be a number"),
-        that(lambda value: 0 < value <= 1, "top_p must be in (0, 1]"),
+        that(lambda value: 0 < value <= 1, "top_p must be in (0, 1]", {"exclusiveMinimum": 0, "maximum": 1}),
     ),
     _number("frequency_penalty", -2, 2),
     _number("presence_penalty", -2, 2),
@@ -98,15 +107,14 @@ _COMMON = (
     Field(
         "repetition_penalty",
         number("repetition_penalty must be a number"),
-        that(lambda value: value > 0, "repetition_penalty must be greater than zero"),
+        that(lambda value: value > 0, "repetition_penalty must be greater than zero", {"exclusiveMinimum": 0}),
     ),
     Field("length_penalty", number("length_penalty must be a number")),
     _integer("min_tokens", 0),
     Field(
         "stop_token_ids",
         array("stop_token_ids must be an array"),
-        items(integer("stop_token_ids must hold integers")),
-        items(at_least(0, "stop_token_ids must not be negative")),
+        items(integer("stop_token_ids must hold integers"), at_least(0, "stop_token_ids must not be negative")),
     ),
     _boolean("ignore_eos"),
     _boolean("skip_special_tokens"),
@@ -135,7 +143,7 @@ _COMMON = (
 )
 
 _COMPLETIONS = (
-    Field("prompt", inputs.prompts, null=False),
+    Field("prompt", inputs.prompts, null=False, missing="prompt is missing"),
     _integer("logprobs", 0, 20),
     _boolean("echo"),
     unsupported("suffix", ""),
@@ -143,7 +151,7 @@ _COMPLETIONS = (
 )
 
 _CHAT = (
-    Field("messages", inputs.messages, null=False),
+    Field("messages", inputs.messages, null=False, missing="messages is missing"),
     _integer("max_completion_tokens", 0),
     _boolean("logprobs"),
     _integer("top_logprobs", 0, 20),
@@ -190,7 +198,6 @@ _COMMON_TOGETHER = (
 )
 
 _COMPLETIONS_TOGETHER = (
-    Together("prompt", lambda v, _: "prompt" not in v, "prompt is missing"),
     *_COMMON_TOGETHER,
     Together(
         "max_tokens",
@@ -205,7 +212,6 @@ _COMPLETIONS_TOGETHER = (
 )
 
 _CHAT_TOGETHER = (
-    Together("messages", lambda v, _: "messages" not in v, "messages is missing"),
     *_COMMON_TOGETHER,
     Together(
         "max_tokens",
