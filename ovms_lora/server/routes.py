@@ -7,6 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from ovms_lora.server.dialects import Dialect
 from ovms_lora.server.generation import generate, read_document
+from ovms_lora.server.large_json import dump_json
 from ovms_lora.server.model_cards import card_of, listed_cards
 from ovms_lora.server.route_docs import body, responses, streamed
 from ovms_lora.server.state import state_of
@@ -46,7 +47,8 @@ def dialect_router(dialect: Dialect) -> APIRouter:
         document, size = await read_document(request, dialect)
         server = state_of(request)
         model = (await server.select(dialect.model_name(document, server.registry))).served.model
-        return JSONResponse(await server.workers.run(size, dialect.tokenize, document, model))
+        content = await server.workers.run(size, lambda: dump_json(dialect.tokenize(document, model)))
+        return Response(content, media_type="application/json")
 
     @router.get("/models", responses=responses(error, types.cards))
     async def models(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""`ovms-lora serve` as a process of its own, with fake models."""
+"""`ovms-lora serve` as a process of its own, with fake models unless a test wants real ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+FAKE = "tests.server.fake_server"
+REAL = "ovms_lora.cli"
 
 
 class Process:
     """A running `ovms-lora serve`."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, module: str = FAKE, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.server.fake_server", "serve", *arguments],
+            [sys.executable, "-m", module, "serve", *arguments],
             cwd=ROOT,
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
@@ -36,7 +38,7 @@ class Process:
             self.lines.append(line.rstrip("\n"))
 
     def wait_for(self, start: str) -> str:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             for line in self.lines:
                 if line.startswith(start):
@@ -65,8 +67,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, **environment: str) -> Iterator[Process]:
-    process = Process(*arguments, **environment)
+def running(*arguments: str, module: str = FAKE, **environment: str) -> Iterator[Process]:
+    process = Process(*arguments, module=module, **environment)
     try:
         yield process
     finally:
