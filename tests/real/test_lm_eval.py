@@ -1,7 +1,7 @@
 """The real lm_eval package: its `local-completions` model scores and continues text on SmolLM2 as transformers does.
 
-Of lm_eval only the model is used, which needs few packages; its own tasks need large data libraries. So the task is made
-here, and scored as lm_eval scores multiple choice: the continuation with the highest log-likelihood wins.
+Of lm_eval only the model is used, which needs few packages; its own tasks need large data libraries. So the task is
+made here, and scored as lm_eval scores multiple choice: the continuation with the highest log-likelihood wins.
 """
 
 from __future__ import annotations
