@@ -100,7 +100,8 @@ async def test_labels_hold_known_names_only(measured: tuple[Samples, Samples]) -
     for _, labels in after:
         for label, value in labels:
             values.setdefault(label, set()).add(value)
-    assert values["name"] == values["model_name"] == {"plain", "base"}
+    assert values["name"] == {"base"}
+    assert values["model_name"] == {"plain", "base"}
     assert values["adapter"] == {"sql", "tools", "mix", "later", "_other"}
     assert values["api"] == {"V1", "V3"}
     assert values["method"] == {"Unary", "Stream"}
@@ -113,6 +114,6 @@ async def test_labels_hold_known_names_only(measured: tuple[Samples, Samples]) -
 async def test_a_request_is_accepted_or_rejected_and_answered_or_failed(measured: tuple[Samples, Samples]) -> None:
     _, after = measured
     accepted, rejected = total(after, "ovms_requests_accepted"), total(after, "ovms_requests_rejected")
-    assert (accepted, rejected) == (17, 1)
+    assert (accepted, rejected) == (14, 1)  # unknown models have nothing to be counted under
     assert total(after, "ovms_responses") + total(after, "ovms_graph_error") == accepted
     assert total(after, "vllm:e2e_request_latency_seconds_count") == total(after, "ovms_responses") == 10
