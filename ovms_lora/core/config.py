@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ovms_lora.core.errors import ConfigError
 from ovms_lora.core.names import check_alias, check_model_name
+from ovms_lora.core.strength import MAX_STRENGTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ class _Strict(BaseModel):
 
 Alias = Annotated[str, AfterValidator(check_alias)]
 ModelName = Annotated[str, AfterValidator(check_model_name)]
-Strength = Annotated[float, Field(allow_inf_nan=False)]
+Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
 
 
 class LoraAdapterEntry(_Strict):

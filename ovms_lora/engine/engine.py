@@ -125,11 +125,12 @@ class Engine:
             )
             raise InvalidFieldError(message, param="max_tokens")
         vocabulary = self._runner.vocab_size
-        if not all(0 <= token < vocabulary for token in request.prompt_token_ids):
-            raise InvalidFieldError(f"prompt holds a token id outside of 0 … {vocabulary - 1}", param="prompt")
-        named = {"logit_bias": request.sampling.logit_bias, "stop_token_ids": request.sampling.stop_token_ids}
-        for field, tokens in named.items():
-            if not all(0 <= token < vocabulary for token in tokens):
+        for field, tokens in (
+            ("prompt", request.prompt_token_ids),
+            ("logit_bias", request.sampling.logit_bias),
+            ("stop_token_ids", request.sampling.stop_token_ids),
+        ):
+            if tokens and not (min(tokens) >= 0 and max(tokens) < vocabulary):
                 raise InvalidFieldError(f"{field} holds a token id outside of 0 … {vocabulary - 1}", param=field)
 
     def cancel(self, request_id: str) -> None:

@@ -10,14 +10,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from ovms_lora.core.constraint import ConstraintKind, ConstraintSpec
-from ovms_lora.server.fields import Values
+from ovms_lora.server.fields import Schema, Values, takes
 
 # vLLM's messages
 NONE_SPECIFIED = "You must use one kind of structured outputs constraint but none are specified"
 MULTIPLE_SPECIFIED = "You can only use one kind of structured outputs constraint but multiple are specified"
 _NO_JSON_SCHEMA = "When response_format type is 'json_schema', the 'json_schema' field must be provided."
 
-_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_FORMAT_SCHEMA: Schema = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "schema": {"type": "object"}},
+    "required": ["schema"],
+}
+_FORMATS: tuple[Schema, ...] = (
+    {"type": "object", "properties": {"type": {"enum": ["text", "json_object"]}}, "required": ["type"]},
+    {
+        "type": "object",
+        "properties": {"type": {"const": "json_schema"}, "json_schema": _FORMAT_SCHEMA},
+        "required": ["type", "json_schema"],
+    },
+)
+
+_TEXT: Schema = {"type": "string", "minLength": 1}
+_KINDS: dict[str, Schema] = {
+    "json": {"anyOf": [{"type": "object"}, _TEXT]},
+    "regex": _TEXT,
+    "choice": {"type": "array", "minItems": 1, "items": {"type": "string"}},
+    "grammar": _TEXT,
+    "json_object": {"const": True},
+}
 # Options of single backends in vLLM; at these values they change nothing.
 _HARMLESS: dict[str, Any] = {
     "disable_fallback": False,
@@ -28,6 +49,17 @@ _HARMLESS: dict[str, Any] = {
 }
 
 _JSON_OBJECT = ConstraintSpec(ConstraintKind.JSON_OBJECT)
+
+
+def _structured_schema(kind: str) -> Schema:
+    """One kind of constraint; null means that a member is not there."""
+    harmless = {name: {"enum": [value, None]} for name, value in _HARMLESS.items() if value is not None}
+    return {
+        "type": "object",
+        "properties": {kind: _KINDS[kind], **harmless},
+        "required": [kind],
+        "additionalProperties": {"type": "null"},
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +83,7 @@ def asks_twice(values: Values) -> bool:
     return values.get("structured_outputs") is not None and values.get("response_format") is not None
 
 
+@takes({"anyOf": list(_FORMATS)})
 def response_format(value: Any) -> ConstraintSpec | None:
     """An object with a known type; None for text, which may be anything. Raises ValueError."""
     if not isinstance(value, dict):
@@ -77,13 +110,14 @@ def _json_schema(value: Any) -> ConstraintSpec:
     return _schema(value["schema"])
 
 
+@takes({"anyOf": [_structured_schema(kind) for kind in _KINDS]})
 def structured_outputs(value: Any) -> ConstraintSpec:
     """An object with exactly one kind of constraint. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("structured_outputs is not an object")
     given = {name: item for name, item in value.items() if item is not None}
     for name, item in given.items():
-        if name not in _KINDS and (name not in _HARMLESS or item != _HARMLESS[name]):
+        if name not in _KINDS and item is not _HARMLESS.get(name):  # nor 0, which is False for Python
             raise ValueError(f"structured_outputs.{ascii(name)[1:-1][:64]} is not supported")
     kinds = [name for name in _KINDS if name in given]
     if not kinds:

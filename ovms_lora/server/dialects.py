@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ovms_lora.server.call import Call, Prompt
 from ovms_lora.server.errors import ErrorStyle
-from ovms_lora.server.fields import Table, Values
+from ovms_lora.server.fields import Schema, Table, Values
 from ovms_lora.server.logprobs import TokenText
 from ovms_lora.server.registry import ModelRegistry
 from ovms_lora.server.sampling import SamplingDefaults
@@ -42,12 +42,27 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerTypes:
+    """The types of a dialect's answers, of `answer_types`, and the statuses of failures that only it has."""
+
+    completion: type
+    completion_chunk: type
+    chat: type
+    chat_chunk: type
+    tokens: type
+    card: type
+    cards: type
+    error: type
+    statuses: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Dialect:
     """One dialect. `name` stands in metrics, `prefix` in paths.
 
     `check_content_type` raises for a Content-Type that is not JSON; `model_name` returns the model that a document
-    names, or the one that it may leave out. `card` is a model's description, `no_such_card` the answer when there is
-    none; it may raise instead.
+    names, or the one that it may leave out, and `head` is what it takes. `tokenize_fields` are read by `tokenize`.
+    `card` is a model's description, `no_such_card` the answer when there is none; it may raise instead.
     """
 
     name: str
@@ -59,6 +74,9 @@ class Dialect:
     style: ShapeStyle
     check_content_type: Callable[[str], None]
     model_name: Callable[[Mapping[str, Any], ModelRegistry], str]
+    head: Schema
+    tokenize_fields: Table
     tokenize: Callable[[Mapping[str, Any], LoadedModel, Sequence[AdapterUse]], dict[str, Any]]
     card: Callable[[ModelCard], dict[str, Any]]
     no_such_card: Callable[[str], Response]
+    answers: AnswerTypes

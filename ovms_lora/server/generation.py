@@ -1,6 +1,6 @@
 """The one handler behind completions and chat completions of both dialects.
 
-    bytes ──► document ──► selection ──► checked fields ──► tokens ──► constraint ──► adapters ──► engine
+    bytes ──► document ──► selection ──► checked fields ──► adapters ──► tokens ──► constraint ──► engine
     engine ──► whole answer, or events
 
 What differs between dialects and endpoints comes in as a `Dialect` and an `Endpoint`.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.request import AdapterUse, SequenceOutput
@@ -28,6 +28,7 @@ from ovms_lora.server.constraints import asked_constraint
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.disconnect import unless_gone
 from ovms_lora.server.fields import Table, Values
+from ovms_lora.server.large_json import dump_json
 from ovms_lora.server.sampling import sampled_candidates, sampling_params, token_budget
 from ovms_lora.server.shapes import Answer, ChoiceShape
 from ovms_lora.server.sse import EventStream, event
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from ovms_lora.server.registry import Selection, ServedModel
 
 log = logging.getLogger(__name__)
+
+_TOKEN_BYTES = 16
 
 
 async def read_document(request: Request, dialect: Dialect) -> tuple[dict[str, Any], int]:
@@ -152,7 +155,13 @@ class _Work:
         finally:
             stream.close()
         self.metrics.end()
-        return JSONResponse(self._answer(self._shape()).whole(choices.best(), choices.usage()))
+        usage = choices.usage()
+        answer = self._answer(self._shape())
+        content = await self.server.workers.run(
+            self._bytes_of(usage.completion_tokens) + self._echoed_bytes,
+            lambda: dump_json(answer.whole(choices.best(), usage)),
+        )
+        return Response(content, media_type="application/json")
 
     async def streamed(self, request: Request) -> Response:
         """Wait for the first output, so that an error before it keeps its status; then send events."""
@@ -182,7 +191,10 @@ class _Work:
         answer = self._answer(shape)
         async for outputs in stream:
             self.metrics.tokens(outputs)
-            chunks = [chunk for output in outputs for chunk in self._chunks(output, choices, shape, answer)]
+            chunks = []
+            for output in outputs:
+                size = 0 if choices.of(output).started else self._echoed_bytes
+                chunks += await self.server.workers.run(size, self._chunks, output, choices, shape, answer)
             if chunks:
                 yield b"".join(chunks)
         if self.call.include_usage:
@@ -200,6 +212,19 @@ class _Work:
             written += [opening] if opening else []
         written += shape.deltas(choice, output)
         return [event(answer.chunk(delta, usage)) for delta in written]
+
+    @property
+    def _echoed_bytes(self) -> int:
+        """About how much of an answer repeats the prompts."""
+        call = self.call
+        repeats = call.sampling.n if call.echo or call.wants_prompt_logprobs else 0
+        return repeats * self._bytes_of(call.prompt_tokens)
+
+    def _bytes_of(self, tokens: int) -> int:
+        """About how much some tokens make in an answer, with their alternatives."""
+        sampling = self.call.sampling
+        alternatives = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
+        return tokens * (1 + alternatives) * _TOKEN_BYTES
 
     def _shape(self) -> ChoiceShape:
         token_text = self.selection.served.model.tokenizer.token_text

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ovms_lora.server.fields import Check
+from ovms_lora.core.strength import MAX_STRENGTH, is_strength
+from ovms_lora.server.fields import Check, Schema, takes
 
 PromptInput = str | tuple[int, ...]
 
@@ -16,9 +17,41 @@ MAX_PROMPTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_BLEND = 64
-FLOAT32_MAX = 3.4028234663852886e38
+
+_TEXT: Schema = {"type": "string", "minLength": 1}
+_TOKEN_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PROMPT_LIST: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_PROMPTS,
+    "items": {"anyOf": [_TEXT, _TOKEN_IDS]},
+}
+_PART: Schema = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_TOOL_CALL: Schema = {"type": "object", "properties": {"function": {"type": "object"}}, "required": ["function"]}
+_MESSAGE: Schema = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]},
+        "tool_calls": {"anyOf": [{"type": "array", "items": _TOOL_CALL}, {"type": "null"}]},
+    },
+    "required": ["role"],
+}
+_STOP: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STRENGTH: Schema = {"type": "number", "minimum": -MAX_STRENGTH, "maximum": MAX_STRENGTH}
+_BLEND_PART: Schema = {
+    "type": "object",
+    "properties": {"alias": {"type": "string"}, "alpha": {"anyOf": [_STRENGTH, {"type": "null"}]}},
+    "required": ["alias"],
+    "additionalProperties": False,
+}
 
 
+@takes({"anyOf": [_TEXT, _TOKEN_IDS, _PROMPT_LIST]})
 def prompts(value: Any) -> tuple[PromptInput, ...]:
     """A string, a list of strings, a list of token ids, or a list of such lists. Raises ValueError."""
     if isinstance(value, str) or (isinstance(value, list) and value and _is_token_id(value[0])):
@@ -45,6 +78,7 @@ def _is_token_id(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+@takes({"type": "array", "minItems": 1, "items": _MESSAGE})
 def messages(value: Any) -> list[dict[str, Any]]:
     """A non-empty array of chat messages; content becomes one string. Raises ValueError with OVMS's messages."""
     if not isinstance(value, list):
@@ -116,6 +150,7 @@ def _content_part(part: Any) -> str:
     return str(part["text"])
 
 
+@takes({"anyOf": [_STOP, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP}]})
 def stop_strings(value: Any) -> tuple[str, ...]:
     """One stop string or several. Raises ValueError."""
     if isinstance(value, str):
@@ -135,7 +170,9 @@ def stop_strings(value: Any) -> tuple[str, ...]:
 
 def stream_options(*accepted: str) -> Check:
     """An object of bools, none but the accepted ones."""
+    properties = {name: {"type": "boolean"} for name in accepted}
 
+    @takes({"type": "object", "properties": properties, "additionalProperties": False})
     def check(value: Any) -> dict[str, bool]:
         if not isinstance(value, dict):
             raise ValueError("stream_options is not an object")
@@ -152,15 +189,15 @@ def stream_options(*accepted: str) -> Check:
     return check
 
 
+@takes({"type": "object", "additionalProperties": _STRENGTH})
 def lora_alphas(value: Any) -> dict[str, float]:
     """An object of numbers. Raises ValueError with OVMS's messages."""
     if not isinstance(value, dict):
         raise ValueError("lora_alphas must be an object")
-    return {
-        alias: _strength(alpha, f"lora_alphas value for '{alias}' must be a number") for alias, alpha in value.items()
-    }
+    return {alias: _strength(alpha, f"lora_alphas value for '{alias}'") for alias, alpha in value.items()}
 
 
+@takes({"type": "array", "maxItems": MAX_BLEND, "items": _BLEND_PART})
 def lora(value: Any) -> tuple[tuple[str, float | None], ...]:
     """A blend: an array of `{"alias", "alpha"}`, alpha left out for the adapter's own. Raises ValueError."""
     if not isinstance(value, list):
@@ -179,11 +216,13 @@ def _blend_part(part: Any) -> tuple[str, float | None]:
     if set(part) - {"alias", "alpha"}:
         raise ValueError("lora must hold objects of alias and alpha only")
     alpha, alias = part.get("alpha"), part["alias"]
-    return alias, None if alpha is None else _strength(alpha, f"lora alpha for '{alias}' must be a number")
+    return alias, None if alpha is None else _strength(alpha, f"lora alpha for '{alias}'")
 
 
-def _strength(value: Any, message: str) -> float:
-    """Return a number that a 32-bit float can hold. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
-        raise ValueError(message)
+def _strength(value: Any, what: str) -> float:
+    """Return a number that may be a strength. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} must be a number")
+    if not is_strength(value):
+        raise ValueError(f"{what} out of range({-MAX_STRENGTH}, {MAX_STRENGTH})")
     return float(value)

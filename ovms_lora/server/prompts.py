@@ -34,6 +34,8 @@ def completion_prompts(values: Values, model: LoadedModel, _: Sequence[AdapterUs
 
 
 def _decoded(token_ids: tuple[int, ...], model: LoadedModel) -> str:
+    if len(token_ids) > model.engine.max_model_len:
+        return ""  # the engine refuses it; decoding much of it would hold up all other threads
     if max(token_ids) >= model.tokenizer.vocab_size:
         raise InvalidFieldError("prompt holds a token id outside of the vocabulary", param="prompt")
     return model.tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -18,6 +18,7 @@ from ovms_lora.server.fields import (
     at_least,
     boolean,
     integer,
+    takes,
     text,
     that,
 )
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from ovms_lora.engine.model import LoadedModel
 
 _PADDING_SIDE = "padding_side should be either left or right"
+_TEXT_LIST = {"type": "array", "minItems": 1, "maxItems": inputs.MAX_PROMPTS, "items": {"type": "string"}}
 
 
+@takes({"anyOf": [{"type": "string"}, _TEXT_LIST]})
 def _texts(value: Any) -> str | list[str]:
     if isinstance(value, str):
         return value
@@ -42,9 +45,9 @@ def _texts(value: Any) -> str | list[str]:
     return value
 
 
-_OVMS = Table(
+OVMS = Table(
     (
-        Field("text", _texts, null=False),
+        Field("text", _texts, null=False, missing="text field is required"),
         Field("add_special_tokens", boolean("add_special_tokens should be boolean"), null=False),
         Field(
             "max_length",
@@ -55,20 +58,20 @@ _OVMS = Table(
         Field(
             "pad_to_max_length",
             boolean("pad_to_max_length should be boolean"),
-            that(lambda value: value is False, "pad_to_max_length is not supported"),
+            that(lambda value: value is False, "pad_to_max_length is not supported", {"enum": [False]}),
             null=False,
         ),
         Field(
             "padding_side",
             text("padding_side should be string, either left or right"),
-            that(lambda value: value in ("left", "right"), _PADDING_SIDE),
+            that(lambda value: value in ("left", "right"), _PADDING_SIDE, {"enum": ["left", "right"]}),
             null=False,
         ),
     ),
-    (Together("text", lambda v, _: "text" not in v, "text field is required"),),
+    (),
 )
 
-_VLLM = Table(
+VLLM = Table(
     (
         Field("prompt", text("prompt must be a string")),
         Field("messages", inputs.messages),
@@ -88,7 +91,7 @@ _VLLM = Table(
 
 def ovms_tokenize(document: Mapping[str, Any], model: LoadedModel, _: Sequence[AdapterUse]) -> dict[str, Any]:
     """Return `{"tokens": …}`: a list for one text, a list of lists for several. Raises InvalidFieldError."""
-    values = _OVMS.read(document, ModelLimits())
+    values = OVMS.read(document, ModelLimits())
     special, limit = values.get("add_special_tokens", True), values.get("max_length")
 
     def encode(content: str) -> list[int]:
@@ -100,7 +103,7 @@ def ovms_tokenize(document: Mapping[str, Any], model: LoadedModel, _: Sequence[A
 
 def vllm_tokenize(document: Mapping[str, Any], model: LoadedModel, uses: Sequence[AdapterUse]) -> dict[str, Any]:
     """Return count, tokens and the model's length. Raises InvalidFieldError."""
-    values = _VLLM.read(document, ModelLimits())
+    values = VLLM.read(document, ModelLimits())
     if "messages" in values:
         tokens = list(chat_prompts(values, model, uses)[0].token_ids)
     else:

@@ -8,14 +8,38 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ovms_lora.server.fields import ModelLimits, Together, Values
+from ovms_lora.server.fields import ModelLimits, Schema, Together, Values, takes
 
 log = logging.getLogger(__name__)
 
-_WORDS = ("none", "auto", "required")
+_CHOICES = ("none", "auto", "required")
 _USAGE = 'Correct usage: `{"type": "function", "function": {"name": "my_function"}}`'
 
+_NAME: Schema = {"type": "string", "minLength": 1}
+_FUNCTION: Schema = {
+    "type": "object",
+    "properties": {"name": _NAME, "parameters": {"type": ["object", "null"]}},
+    "required": ["name"],
+}
+_TOOL: Schema = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+    "required": ["function"],
+}
+_OTHER_TOOL: Schema = {
+    "type": "object",
+    "properties": {"type": {"type": "string", "not": {"const": "function"}}},
+    "required": ["type"],
+}
 
+
+def _choice_schema(name: Schema) -> Schema:
+    function = {"type": "object", "properties": {"name": name}, "required": ["name"]}
+    named = {"type": "object", "properties": {"function": function}, "required": ["function"]}
+    return {"anyOf": [{"enum": list(_CHOICES)}, named]}
+
+
+@takes({"type": "array", "items": {"anyOf": [_TOOL, _OTHER_TOOL]}})
 def ovms_tools(value: Any) -> list[dict[str, Any]]:
     """An array of tools, of which those that are no functions are left out, as OVMS does. Raises ValueError."""
     if not isinstance(value, list):
@@ -38,11 +62,12 @@ def _is_function(tool: Any) -> bool:
         raise ValueError("Function is not a valid JSON object")
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise ValueError("Function object does not contain a valid name field")
-    if not isinstance(function.get("parameters") or {}, dict):
+    if not isinstance(function.get("parameters"), dict | None):
         raise ValueError("Function parameters are not a valid JSON object")
     return True
 
 
+@takes({"type": "array", "items": _TOOL})
 def vllm_tools(value: Any) -> list[dict[str, Any]]:
     """An array of functions. Raises ValueError."""
     if not isinstance(value, list):
@@ -52,10 +77,11 @@ def vllm_tools(value: Any) -> list[dict[str, Any]]:
     return value
 
 
+@takes(_choice_schema({"type": "string"}))
 def ovms_tool_choice(value: Any) -> Any:
     """`none`, `auto`, `required`, or an object that names a function. Raises ValueError."""
     if isinstance(value, str):
-        if value not in _WORDS:
+        if value not in _CHOICES:
             raise ValueError("tool_choice should be either 'none' or 'auto' or 'required'")
         return value
     if not isinstance(value, dict):
@@ -68,9 +94,10 @@ def ovms_tool_choice(value: Any) -> Any:
     return value
 
 
+@takes(_choice_schema(_NAME))
 def vllm_tool_choice(value: Any) -> Any:
     """As `ovms_tool_choice`, with vLLM's messages. Raises ValueError."""
-    if isinstance(value, str) and value in _WORDS:
+    if isinstance(value, str) and value in _CHOICES:
         return value
     if not isinstance(value, dict):
         raise ValueError(

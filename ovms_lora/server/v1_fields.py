@@ -14,6 +14,7 @@ from ovms_lora.server.fields import (
     UINT32_MAX,
     Check,
     Field,
+    OnlyWith,
     Table,
     Together,
     Values,
@@ -26,6 +27,7 @@ from ovms_lora.server.fields import (
     items,
     needs_adapters,
     number,
+    takes,
     text,
     that,
     unsupported,
@@ -57,9 +59,17 @@ def _ignored(*names: str) -> tuple[Field, ...]:
 
 def _replaced(name: str) -> Field:
     """A field that vLLM had before `structured_outputs` and ignores now; here it is refused."""
-    return Field(name, that(lambda _: False, f"{name} is not supported; use structured_outputs"))
+    return Field(name, that(lambda _: False, f"{name} is not supported; use structured_outputs", {"not": {}}))
 
 
+@takes(
+    {
+        "type": "object",
+        "maxProperties": MAX_LOGIT_BIAS,
+        "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    }
+)
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         raise ValueError("logit_bias must be an object")
@@ -83,13 +93,17 @@ def _asked_tokens(values: Values) -> int:
 
 _COMMON = (
     _boolean("stream"),
-    Field("stream_options", inputs.stream_options("include_usage", "continuous_usage_stats")),
+    Field(
+        "stream_options",
+        inputs.stream_options("include_usage", "continuous_usage_stats"),
+        only_with=OnlyWith("stream", "Stream options can only be defined when `stream=True`."),
+    ),
     _integer("max_tokens", 0),
     _number("temperature", 0, 2),
     Field(
         "top_p",
         number("top_p must be a number"),
-        that(lambda value: 0 < value <= 1, "top_p must be in (0, 1]"),
+        that(lambda value: 0 < value <= 1, "top_p must be in (0, 1]", {"exclusiveMinimum": 0, "maximum": 1}),
     ),
     _number("frequency_penalty", -2, 2),
     _number("presence_penalty", -2, 2),
@@ -103,7 +117,7 @@ _COMMON = (
     Field(
         "repetition_penalty",
         number("repetition_penalty must be a number"),
-        that(lambda value: value > 0, "repetition_penalty must be greater than zero"),
+        that(lambda value: value > 0, "repetition_penalty must be greater than zero", {"exclusiveMinimum": 0}),
     ),
     Field("length_penalty", number("length_penalty must be a number")),
     _boolean("use_beam_search"),
@@ -111,8 +125,7 @@ _COMMON = (
     Field(
         "stop_token_ids",
         array("stop_token_ids must be an array"),
-        items(integer("stop_token_ids must hold integers")),
-        items(at_least(0, "stop_token_ids must not be negative")),
+        items(integer("stop_token_ids must hold integers"), at_least(0, "stop_token_ids must not be negative")),
     ),
     _boolean("ignore_eos"),
     _boolean("skip_special_tokens"),
@@ -137,7 +150,7 @@ _COMMON = (
 )
 
 _COMPLETIONS = (
-    Field("prompt", inputs.prompts, null=False),
+    Field("prompt", inputs.prompts, null=False, missing="prompt is missing"),
     _integer("logprobs", 0, 20),
     _boolean("echo"),
     unsupported("suffix", ""),
@@ -145,7 +158,7 @@ _COMPLETIONS = (
 )
 
 _CHAT = (
-    Field("messages", inputs.messages, null=False),
+    Field("messages", inputs.messages, null=False, missing="messages is missing"),
     _integer("max_completion_tokens", 0),
     _boolean("logprobs"),
     _integer("top_logprobs", 0, 20),
@@ -171,11 +184,6 @@ _CHAT = (
 )  # fmt: skip
 
 _COMMON_TOGETHER = (
-    Together(
-        "stream_options",
-        lambda v, _: "stream_options" in v and not v.get("stream"),
-        "Stream options can only be defined when `stream=True`.",
-    ),
     Together(
         "max_tokens",
         lambda v, limits: limits.max_tokens_limit is not None and _asked_tokens(v) > limits.max_tokens_limit,
@@ -203,7 +211,6 @@ _COMMON_TOGETHER = (
 )
 
 _COMPLETIONS_TOGETHER = (
-    Together("prompt", lambda v, _: "prompt" not in v, "prompt is missing"),
     *_COMMON_TOGETHER,
     Together(
         "max_tokens",
@@ -218,7 +225,6 @@ _COMPLETIONS_TOGETHER = (
 )
 
 _CHAT_TOGETHER = (
-    Together("messages", lambda v, _: "messages" not in v, "messages is missing"),
     *_COMMON_TOGETHER,
     Together(
         "max_tokens",
@@ -238,6 +244,5 @@ _CHAT_TOGETHER = (
 
 COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)
 CHAT = Table((*_COMMON, *_CHAT), _CHAT_TOGETHER)
-
 
 DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False, best_of_searches=False)

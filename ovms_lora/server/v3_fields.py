@@ -9,6 +9,7 @@ from ovms_lora.server import constraints, inputs, tool_fields
 from ovms_lora.server.fields import (
     UINT32_MAX,
     Field,
+    OnlyWith,
     Table,
     Together,
     an_object,
@@ -28,7 +29,11 @@ _COUNT_LIMIT = "{} value can't be greater than 4294967295"
 
 _COMMON = (
     Field("stream"),
-    Field("stream_options", inputs.stream_options("include_usage")),
+    Field(
+        "stream_options",
+        inputs.stream_options("include_usage"),
+        only_with=OnlyWith("stream", "stream_options provided, but stream not set to true"),
+    ),
     Field(
         "max_tokens",
         uint32("max_tokens is not an unsigned integer", _COUNT_LIMIT.format("max_tokens")),
@@ -43,12 +48,20 @@ _COMMON = (
     Field(
         "min_p",
         number("min_p is not a valid number"),
-        that(lambda value: 0 <= value < 1, "min_p out of range [0.0, 1.0)"),
+        that(
+            lambda value: 0 <= value < 1,
+            "min_p out of range [0.0, 1.0)",
+            {"minimum": 0, "exclusiveMaximum": 1},
+        ),
     ),
     Field(
         "top_k",
         integer("top_k is not an integer"),
-        that(lambda value: value == -1 or value >= 1, "top_k must be -1 (all tokens) or a positive integer"),
+        that(
+            lambda value: value == -1 or value >= 1,
+            "top_k must be -1 (all tokens) or a positive integer",
+            {"minimum": -1, "not": {"const": 0}},
+        ),
     ),
     Field(
         "frequency_penalty",
@@ -83,13 +96,13 @@ _COMMON = (
 )
 
 _COMPLETIONS = (
-    Field("prompt", inputs.prompts, null=False),
+    Field("prompt", inputs.prompts, null=False, missing="prompt is missing"),
     Field("logprobs", integer("logprobs accepts integer values"), within(0, 20, "logprobs out of range [0, 20]")),
     Field("echo", boolean("echo accepts values true or false")),
 )
 
 _CHAT = (
-    Field("messages", inputs.messages, null=False),
+    Field("messages", inputs.messages, null=False, missing="Messages missing in request"),
     Field(
         "max_completion_tokens",
         uint32("max_completion_tokens is not an unsigned integer", _COUNT_LIMIT.format("max_completion_tokens")),
@@ -106,16 +119,13 @@ _CHAT = (
     Field("chat_template_kwargs", an_object("chat_template_kwargs must be an object")),
     Field("add_generation_prompt", boolean("add_generation_prompt is not a bool")),
     Field(
-        "chat_template", text("chat_template is not a string"), that(lambda _: False, "chat_template is not allowed")
+        "chat_template",
+        text("chat_template is not a string"),
+        that(lambda _: False, "chat_template is not allowed", {"not": {}}),
     ),
 )
 
 _COMMON_TOGETHER = (
-    Together(
-        "stream_options",
-        lambda v, _: "stream_options" in v and not v.get("stream"),
-        "stream_options provided, but stream not set to true",
-    ),
     Together(
         "max_tokens",
         lambda v, limits: limits.max_tokens_limit is not None and v.get("max_tokens", 0) >= limits.max_tokens_limit,
@@ -142,7 +152,6 @@ _COMMON_TOGETHER = (
 )
 
 _COMPLETIONS_TOGETHER = (
-    Together("prompt", lambda v, _: "prompt" not in v, "prompt is missing"),
     *_COMMON_TOGETHER,
     Together(
         "max_tokens",
@@ -152,7 +161,6 @@ _COMPLETIONS_TOGETHER = (
 )
 
 _CHAT_TOGETHER = (
-    Together("messages", lambda v, _: "messages" not in v, "Messages missing in request"),
     *_COMMON_TOGETHER,
     Together(
         "max_completion_tokens",

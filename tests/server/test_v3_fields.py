@@ -69,6 +69,8 @@ COMMON_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"ignore_eos": 1}, "ignore_eos accepts values true or false"),
     ({"skip_special_tokens": 1}, "skip_special_tokens is not a bool"),
     ({"stream_options": {"include_usage": True}}, "stream_options provided, but stream not set to true"),
+    ({"stream_options": 5}, "stream_options provided, but stream not set to true"),
+    ({"stream_options": 5, "stream": False}, "stream_options provided, but stream not set to true"),
     ({"stream_options": 1, "stream": True}, "stream_options is not an object"),
     (
         {"stream_options": {"include_usage": 1}, "stream": True},
