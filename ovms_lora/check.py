@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ovms_lora.adapters.adapter import BaseLinears, inspect_adapter, load_adapter
 from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError, UsageError
+from ovms_lora.engine.adapter_templates import AdapterTemplates
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.model import read_generation_defaults, read_max_model_len, read_options
@@ -91,4 +92,8 @@ def _check_adapter(folder: Path, base: Path | None) -> str:
 
 def _loaded(folder: Path, linears: BaseLinears, max_rank: int) -> str:
     adapter = load_adapter(folder, linears, max_lora_rank=max_rank, lora_dtype="float32")
-    return f"adapter of rank {adapter.max_rank} for {len(adapter.layers)} linear layers, digest {adapter.digest[:12]}"
+    chat = ", with a chat template of its own" if AdapterTemplates().of(adapter) else ""
+    return (
+        f"adapter of rank {adapter.max_rank} for {len(adapter.layers)} linear layers, "
+        f"digest {adapter.digest[:12]}{chat}"
+    )

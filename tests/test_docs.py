@@ -158,6 +158,7 @@ def test_the_requests_have_only_known_fields() -> None:
     known = {
         "/v3/completions": v3_fields.COMPLETIONS.names,
         "/v1/completions": v1_fields.COMPLETIONS.names,
+        "/v1/chat/completions": v1_fields.CHAT.names,
         "/v1/load_lora_adapter": {"lora_name", "lora_path", "base_model_name", "load_inplace", "pinned"},
     }
     for path, body in requests():

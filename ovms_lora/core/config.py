@@ -18,6 +18,7 @@ from ovms_lora.core.errors import ConfigError
 from ovms_lora.core.names import check_alias, check_model_name
 from ovms_lora.core.ovms_keys import OvmsKeys
 from ovms_lora.core.plain_file import read_text
+from ovms_lora.core.strength import MAX_STRENGTH
 from ovms_lora.core.strict_model import LocalPath, StrictModel, checked, refusal
 
 
@@ -46,7 +47,7 @@ class EngineOptions:
 
 Alias = Annotated[str, checked(check_alias)]
 ModelName = Annotated[str, checked(check_model_name)]
-Strength = Annotated[float, Field(allow_inf_nan=False)]
+Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
 
 
 class LoraAdapterEntry(StrictModel):

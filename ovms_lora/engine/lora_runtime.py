@@ -26,6 +26,8 @@ from ovms_lora.core.errors import (
 )
 from ovms_lora.core.names import check_alias
 from ovms_lora.core.request import AdapterUse
+from ovms_lora.engine.adapter_templates import AdapterTemplates
+from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.graph_source import CompiledGraph, GraphSource
 from ovms_lora.engine.lora_config import AdapterCard, AdapterSpec, CompositeSpec, LoraConfig
 from ovms_lora.engine.lora_graphs import LoraGraphs
@@ -49,6 +51,7 @@ class LoraRuntime:
             max_cpu_loras=options.max_cpu_loras,
             dtype=host_dtype(self._dtype),
         )
+        self._templates = AdapterTemplates()
         self._composites: dict[str, CompositeSpec] = {}
         self._failures: dict[str, OvmsLoraError] = {}
         self._changing = threading.RLock()
@@ -217,6 +220,18 @@ class LoraRuntime:
                 self.graphs.allow_sums()
         return tuple(uses)
 
+    def chat_template(self, uses: Sequence[AdapterUse]) -> ChatTemplate | None:
+        """Return the chat template that comes with the adapters of a request: that of a single one, if it has one.
+
+        Raises AdapterUnavailableError for one that is no template.
+        """
+        if len(uses) != 1:
+            return None
+        try:
+            return self._templates.of(uses[0].adapter)
+        except AdapterError as error:
+            raise AdapterUnavailableError(error) from error
+
     def _register_all(self, config: LoraConfig) -> None:
         for spec in config.adapters:
             try:
@@ -240,6 +255,7 @@ class LoraRuntime:
     def _read(self, spec: AdapterSpec) -> Registered:
         """Read and check an adapter. Its tensors are left to the store, which keeps as many as it may."""
         adapter = self.store.read(spec.folder)
+        self._templates.of(adapter)
         self.graphs.check_rank(adapter.max_rank)
         return Registered.of(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
 
@@ -264,6 +280,7 @@ class LoraRuntime:
         """Get an adapter from the store; one that has changed in its folder may need another graph."""
         before = self.store.registered.get(alias)
         entry, adapter = self.store.get(alias)
+        self._templates.of(adapter)
         self.graphs.check_rank(entry.max_rank)
         if before is None or before.digest != entry.digest or not self.graphs.covers(entry):
             with self._changing:

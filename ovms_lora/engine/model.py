@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from typing import Any
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph
+from ovms_lora.core.request import AdapterUse
+from ovms_lora.core.sampling_params import EarlyStopping
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.lora_config import LoraConfig
 from ovms_lora.engine.lora_runtime import LoraRuntime
+from ovms_lora.engine.output_parsers.formats import check_parser_names
 from ovms_lora.engine.runner import OpenVinoRunner
+from ovms_lora.engine.structured import ConstraintCompiler
 from ovms_lora.engine.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -38,6 +42,8 @@ class GenerationDefaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    length_penalty: float | None = None
+    early_stopping: EarlyStopping | None = None
     max_new_tokens: int | None = None
     do_sample: bool | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -53,7 +59,16 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     generation_defaults: GenerationDefaults
     options: EngineOptions
+    constraints: ConstraintCompiler
     lora: LoraRuntime | None = None
+
+    def chat_template_for(self, adapters: Sequence[AdapterUse]) -> ChatTemplate | None:
+        """Return the template for a request: its adapter's own, else the model's, None without either.
+
+        A sum of several adapters speaks as the model does. Raises AdapterUnavailableError.
+        """
+        own = self.lora.chat_template(adapters) if self.lora else None
+        return own or self.chat_template
 
 
 def load_model(
@@ -78,6 +93,7 @@ def load_model(
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder, options.generation_config_path)
     max_model_len = read_max_model_len(folder)
+    constraints = ConstraintCompiler(tokenizer, defaults.eos_token_ids)
     graphs = GraphSource(folder, options)
     runtime = LoraRuntime(graphs, lora) if lora else None
     graph = runtime.compile() if runtime else graphs.compile()
@@ -95,7 +111,7 @@ def load_model(
     if runtime:
         runtime.graphs.attach(engine, runner)
     engine.start()
-    return LoadedModel(folder, engine, tokenizer, template, defaults, options, runtime)
+    return LoadedModel(folder, engine, tokenizer, template, defaults, options, constraints, runtime)
 
 
 def read_options(folder: Path, graph_path: str | None = None) -> tuple[Path, EngineOptions]:
@@ -115,6 +131,7 @@ def read_options(folder: Path, graph_path: str | None = None) -> tuple[Path, Eng
         graph = parse_graph(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ModelFolderError(f"cannot read {path}: {error}", hint="export the model again") from error
+    check_parser_names(graph.options.tool_parser, graph.options.reasoning_parser)
     if graph.without_effect:
         log.info("%s: without effect here: %s", path, ", ".join(graph.without_effect))
     models = (folder / graph.models_path).resolve()
@@ -141,6 +158,8 @@ def read_generation_defaults(folder: Path, path: str = "") -> GenerationDefaults
         top_k=_integer(values, "top_k"),
         min_p=_number(values, "min_p"),
         repetition_penalty=_number(values, "repetition_penalty"),
+        length_penalty=_number(values, "length_penalty"),
+        early_stopping=_early_stopping(values.get("early_stopping")),
         max_new_tokens=_integer(values, "max_new_tokens"),
         do_sample=values.get("do_sample") if isinstance(values.get("do_sample"), bool) else None,
         eos_token_ids=tuple(token for token in eos_ids if isinstance(token, int)),
@@ -169,6 +188,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFolderError(f"{path} does not hold a JSON object", hint="export the model again")
     return value
+
+
+def _early_stopping(value: object) -> EarlyStopping | None:
+    if isinstance(value, bool):
+        return value
+    return "never" if value == "never" else None
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:

@@ -16,6 +16,7 @@ import openvino as ov
 
 from ovms_lora.core.errors import InvalidFieldError, ModelFolderError
 from ovms_lora.engine.device import openvino_core
+from ovms_lora.engine.special_tokens import SpecialTokens, Unmarked
 from ovms_lora.engine.token_bytes import sentencepiece_bytes
 from ovms_lora.engine.tokenizer import Tokenizer
 from ovms_lora.engine.tokenizer_graphs import TokenizerGraphs
@@ -34,10 +35,13 @@ class OpenVinoTokenizer(Tokenizer):
         self._special_ids = graphs.special_ids()
         self._joins_pieces = graphs.joins_pieces  # as byte-level decoders do; running a graph takes far longer
         self._ids = {piece: token_id for token_id, piece in reversed(list(enumerate(self._pieces)))}
-        self._plain = self._adding = _Pool(graphs.text_encoder(add_special_tokens=False))
+        self._bare = self._adding = _Pool(graphs.text_encoder(add_special_tokens=False))
         if graphs.adds_special_tokens:
             self._adding = _Pool(graphs.text_encoder(add_special_tokens=True))
-        self._inert_pool = _Pool(graphs.text_encoder(add_special_tokens=False, inert=True))
+        inert = _Pool(graphs.text_encoder(add_special_tokens=False, inert=True))
+        texts = {token_id: self._pieces[token_id].decode() for token_id in self._special_ids}
+        plain_ids = {token_id: self._encode(inert, text) for token_id, text in texts.items()}
+        self.special_tokens = SpecialTokens(texts, plain_ids)
         if not self._joins_pieces:
             self._skipping = _Pool(graphs.text_decoder(skip_special_tokens=True))
             self._showing = _Pool(graphs.text_decoder(skip_special_tokens=False))
@@ -58,11 +62,21 @@ class OpenVinoTokenizer(Tokenizer):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text."""
-        return self._encode(self._adding if add_special_tokens else self._plain, text)
+        return self._encode(self._adding if add_special_tokens else self._bare, text)
 
-    def encode_inert(self, text: str) -> list[int]:
-        """Return the token ids of a text in which special tokens are no more than their characters."""
-        return self._encode(self._inert_pool, text)
+    def encode_rendered(self, rendered: Unmarked) -> list[int]:
+        """Return the token ids of a text that a chat template has written; see Tokenizer."""
+        text, special, token_ids, at = rendered.text, self.special_tokens, [], 0
+        for start, end in special.spans(text):
+            if rendered.inside(start, end):
+                plain = special.plain_ids[special.ids[text[start:end]]]
+                token_ids += self.encode(text[at:start], add_special_tokens=False) + plain
+                at = end
+        return token_ids + self.encode(text[at:], add_special_tokens=False)
+
+    def to_json(self) -> str:
+        """Raise ValueError: there is no tokenizer.json to give."""
+        raise ValueError("the model folder has no tokenizer.json")
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that form no character become U+FFFD."""

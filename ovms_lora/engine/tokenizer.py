@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from ovms_lora.core.errors import ModelFolderError
+from ovms_lora.engine.special_tokens import SpecialTokens, Unmarked
 from ovms_lora.engine.token_bytes import byte_level_bytes, sentencepiece_bytes
 
 _REPLACEMENT = "�"
@@ -26,6 +28,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self.special_tokens = _special_tokens(backend)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -54,6 +57,11 @@ class Tokenizer:
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
 
+    def to_json(self) -> str:
+        """Return the tokenizer as the text of a tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text."""
         # The batch call, unlike the single one, lets other threads run while it works.
@@ -61,10 +69,27 @@ class Tokenizer:
         token_ids: list[int] = encodings[0].ids
         return token_ids
 
-    def encode_inert(self, text: str) -> list[int]:
-        """Return the token ids of a text in which special tokens are no more than their characters."""
-        token_ids: list[int] = self._inert.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    def encode_rendered(self, rendered: Unmarked) -> list[int]:
+        """Return the token ids of a text that a chat template has written, special tokens included.
+
+        Where the text was marked as a client's, it holds none.
+        """
+        if not rendered.places:
+            return self.encode(rendered.text, add_special_tokens=False)
+        encoding = self._backend.encode_batch([rendered.text], add_special_tokens=False)[0]
+        token_ids: list[int] = []
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            plain = self.special_tokens.plain_ids.get(token_id)
+            span = rendered.text[start:end]
+            before, after = len(span) - len(span.lstrip()), len(span.rstrip())  # some tokens take the space around them
+            if plain is None or not rendered.inside(start + before, start + after):
+                token_ids.append(token_id)
+            else:
+                token_ids += self._plain(span[:before]) + plain + self._plain(span[after:])
         return token_ids
+
+    def _plain(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False) if text else []
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that form no character become U+FFFD."""
@@ -86,12 +111,6 @@ class Tokenizer:
         """Return the id of a token by its exact name in the vocabulary, None when there is none."""
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
-
-    @cached_property
-    def _inert(self) -> tokenizers.Tokenizer:
-        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        copy.encode_special_tokens = True
-        return copy
 
     @cached_property
     def _added(self) -> frozenset[int]:
@@ -127,6 +146,12 @@ class Detokenizer:
             return ""
         return self._settle(text)
 
+    def fork(self) -> Detokenizer:
+        """Return another one that goes on from here."""
+        other = copy.copy(self)
+        other._open = list(self._open)
+        return other
+
     def flush(self) -> str:
         """Return the text that is still held back; what never became a character is given as U+FFFD."""
         return self._settle(self._decode(self._known + self._open)) if self._open else ""
@@ -150,3 +175,11 @@ class Detokenizer:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)
+
+
+def _special_tokens(backend: tokenizers.Tokenizer) -> SpecialTokens:
+    texts = {number: token.content for number, token in backend.get_added_tokens_decoder().items() if token.special}
+    backend.encode_special_tokens = True
+    plain_ids = {number: backend.encode(text, add_special_tokens=False).ids for number, text in texts.items()}
+    backend.encode_special_tokens = False
+    return SpecialTokens(texts, plain_ids)

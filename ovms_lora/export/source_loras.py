@@ -9,11 +9,11 @@ Items are separated by commas.
 from __future__ import annotations
 
 import difflib
-import math
 
 from ovms_lora.core.config import CompositeComponent, CompositeEntry
 from ovms_lora.core.errors import ConfigError, UsageError
 from ovms_lora.core.names import check_alias
+from ovms_lora.core.strength import MAX_STRENGTH, is_strength
 from ovms_lora.export.request import RuntimeSource, SourceLoras
 
 _HINT = 'it looks like "sql=loras/sql,tools=org/tools:0.8,mix=@sql:0.7+@tools:0.5"'
@@ -46,8 +46,9 @@ def split_strength(text: str, separator: str) -> tuple[str, float | None]:
         strength = float(number)
     except ValueError:
         return text, None  # the separator is part of the path
-    if not math.isfinite(strength):
-        raise UsageError(f"{text!r}: {number} is not a finite number", hint="1.0 is the adapter as it was trained")
+    if not is_strength(strength):
+        message = f"{text!r}: {number} is not between {-MAX_STRENGTH:g} and {MAX_STRENGTH:g}"
+        raise UsageError(message, hint="1.0 is the adapter as it was trained")
     return source, strength
 
 

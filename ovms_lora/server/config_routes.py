@@ -8,19 +8,28 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
 from ovms_lora.core.errors import ConfigError, ConfigUnreadableError, OvmsLoraError
+from ovms_lora.server.answer_types import OvmsError
 from ovms_lora.server.registry import ModelRegistry, ModelState, ModelStatus
+from ovms_lora.server.route_docs import responses
 from ovms_lora.server.state import state_of
+from ovms_lora.server.status_types import Statuses
 
 router = APIRouter(prefix="/v1/config", tags=["config"])
 
 
-@router.get("")
+@router.get("", responses=responses(OvmsError, Statuses))
 async def config(request: Request) -> JSONResponse:
     """Return the state of every model."""
     return JSONResponse(_statuses(state_of(request).registry))
 
 
-@router.post("/reload")
+@router.post(
+    "/reload",
+    responses={
+        **responses(OvmsError, Statuses, also=(412,)),
+        201: {"model": Statuses, "description": "Something has changed"},
+    },
+)
 async def reload(request: Request) -> JSONResponse:
     """Read the configuration again: 201 when something has changed, 200 when nothing had to."""
     server = state_of(request)

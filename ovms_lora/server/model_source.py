@@ -30,7 +30,10 @@ from ovms_lora.server.model_versions import find_version
 
 # A re-export replaces these; their identity tells that the same path holds another model.
 _TELLING_FILES = ("openvino_model.xml", "openvino_model.bin", "ovms_lora_manifest.json")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors"),
+    *("chat_template.jinja", "tokenizer_config.json"),
+)
 
 _CLOCK_TICK_NS = 20_000_000
 

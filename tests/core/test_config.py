@@ -125,6 +125,8 @@ BAD_MODELS: list[tuple[list[dict[str, Any]], str]] = [
     ([entry(lora_adapters=[{**ADAPTER, "alpha": "strong"}])], "lora_adapters.0.alpha"),
     ([entry(lora_adapters=[{**ADAPTER, "alpha": float("nan")}])], "lora_adapters.0.alpha"),
     ([entry(lora_adapters=[{**ADAPTER, "alpha": float("-inf")}])], "lora_adapters.0.alpha"),
+    ([entry(lora_adapters=[{**ADAPTER, "alpha": 1e300}])], "lora_adapters.0.alpha"),
+    ([entry(lora_adapters=[{**ADAPTER, "alpha": -1001}])], "lora_adapters.0.alpha"),
     ([entry(lora_adapters=ADAPTER)], "lora_adapters"),
     (
         [entry(lora_adapters=[ADAPTER], composite_lora_adapters=[composite("mix", component("other"))])],

@@ -76,6 +76,8 @@ def test_values_are_accepted(values: dict[str, Any]) -> None:
         ({"prompt_logprobs": 21}, "prompt_logprobs must be between 0 and 20, got 21."),
         ({"logit_bias": {1: NAN}}, "logit_bias must hold finite numbers."),
         ({"beam_width": 0}, "beam_width must be at least 1, got 0."),
+        ({"beam_width": 2, "n": 3}, "n must be less than or equal to beam_width=2, got 3."),
+        ({"length_penalty": float("inf")}, "sampling values must be finite numbers."),
     ],
 )
 def test_values_are_refused(values: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.engine import tokenizer_graphs
 from ovms_lora.engine.openvino_tokenizer import OpenVinoTokenizer
+from ovms_lora.engine.special_tokens import unmark
 from ovms_lora.engine.tokenizer import Detokenizer, Tokenizer
 from ovms_lora.engine.tokenizer_graphs import without_tokens
 
@@ -100,7 +101,8 @@ def check_same(pair: Pair, texts: list[str]) -> None:
         assert pair.graphs.encode(text) == pair.json.encode(text), repr(text)
         plain = pair.json.encode(text, add_special_tokens=False)
         assert pair.graphs.encode(text, add_special_tokens=False) == plain, repr(text)
-        assert pair.graphs.encode_inert(text) == pair.json.encode_inert(text), repr(text)
+        rendered = unmark(pair.json.special_tokens.mark(text) + "</s>")
+        assert pair.graphs.encode_rendered(rendered) == pair.json.encode_rendered(rendered), repr(text)
         for skip in (True, False):
             shown = pair.json.decode(plain, skip_special_tokens=skip)
             assert pair.graphs.decode(plain, skip_special_tokens=skip) == shown, repr(text)
@@ -125,8 +127,11 @@ def test_tokens_are_found_by_name(pair: Pair, name: str) -> None:
 def test_special_tokens_can_be_inert(pair: Pair) -> None:
     eos = pair.graphs.token_id("</s>")
     assert eos in pair.graphs.encode("a</s>b")
-    assert eos not in pair.graphs.encode_inert("a</s>b")
-    assert pair.graphs.token_id("<tool_call>") in pair.graphs.encode_inert("<tool_call>")
+    plain = pair.graphs.special_tokens.plain_ids[eos or 0]
+    assert plain == pair.json.special_tokens.plain_ids[eos or 0] and eos not in plain
+    rendered = unmark(pair.graphs.special_tokens.mark("a</s>b") + "</s>")
+    assert pair.graphs.encode_rendered(rendered).count(eos or 0) == 1
+    assert pair.graphs.token_id("<tool_call>") in pair.graphs.encode_rendered(unmark("<tool_call>"))
 
 
 def test_a_text_is_not_cut_at_the_length_that_the_graph_names(pair: Pair) -> None:

@@ -22,6 +22,7 @@ from ovms_lora.engine.graph_source import LoraTargets
 from ovms_lora.engine.lora_config import LoraConfig
 from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel
+from ovms_lora.engine.structured import ConstraintCompiler
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import ConfigFile, ModelSource, SingleModel
 from ovms_lora.server.options import ServerOptions
@@ -101,7 +102,8 @@ class FakeModels:
         engine.start()
         self.engines.append(engine)
         template = ChatTemplate(self.template) if self.template else None
-        return LoadedModel(folder, engine, tokenizer, template, self.defaults, self.options, runtime)
+        constraints = ConstraintCompiler(tokenizer, self.defaults.eos_token_ids)
+        return LoadedModel(folder, engine, tokenizer, template, self.defaults, self.options, constraints, runtime)
 
 
 def write_config(folder: Path, *names: str) -> Path:

@@ -92,6 +92,20 @@ async def test_several_prompts_and_n_fan_out_in_order(served: Served) -> None:
     assert answer["usage"]["completion_tokens"] == 12
 
 
+async def test_best_of_on_v1_returns_the_most_probable_of_so_many(served: Served) -> None:
+    body = {"model": "m", "prompt": ["one", "two"], "seed": 3, "temperature": 1, "max_tokens": 6}
+    all_of_them = (await served.post("/v1/completions", **body, n=5, logprobs=0)).json()["choices"]
+    best: list[str] = []
+    for choices in (all_of_them[:5], all_of_them[5:]):
+        ranked = sorted(choices, key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+        best += [choice["text"] for choice in ranked[:2]]
+    answer = (await served.post("/v1/completions", **body, n=2, best_of=5)).json()
+    assert [choice["text"] for choice in answer["choices"]] == best
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert {choice["logprobs"] for choice in answer["choices"]} == {None}
+    assert answer["usage"]["completion_tokens"] == 2 * 5 * 6
+
+
 async def test_streams_fan_out_too(served: Served) -> None:
     body = GREEDY | {"prompt": ["one", "two"], "n": 2, "max_tokens": 3}
     whole = (await served.post("/v1/completions", **body)).json()
