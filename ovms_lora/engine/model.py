@@ -56,15 +56,17 @@ def load_model(
     *,
     deliver: Deliver,
     plugin_config: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     lora: LoraConfig | None = None,
 ) -> LoadedModel:
     """Load a model folder and start its engine; takes seconds.
 
-    `plugin_config` is laid over that of graph.pbtxt. With `lora` the model takes runtime adapters; those that cannot be
-    loaded are left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the folder cannot be served.
+    `plugin_config` is laid over that of graph.pbtxt, `overrides` replace other EngineOptions of it. With `lora` the
+    model takes runtime adapters; those that cannot be loaded are left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the folder cannot be served.
     """
     folder, options = read_options(folder)
-    options = replace(options, plugin_config={**options.plugin_config, **(plugin_config or {})})
+    properties = {**options.plugin_config, **(plugin_config or {})}
+    options = replace(options, **(overrides or {}), plugin_config=properties)
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder, options.generation_config_path)
