@@ -62,7 +62,8 @@ def load_model(
     """Load a model folder and start its engine; takes seconds.
 
     `plugin_config` is laid over that of graph.pbtxt, `overrides` replace other EngineOptions of it. With `lora` the
-    model takes runtime adapters; those that cannot be loaded are left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the folder cannot be served.
+    model takes runtime adapters; those that cannot be loaded are left out and stand in `LoraRuntime.failures`. Raises
+    ModelFolderError when the folder cannot be served.
     """
     folder, options = read_options(folder)
     properties = {**options.plugin_config, **(plugin_config or {})}

@@ -43,14 +43,14 @@ def _several(prompts: PromptType | Sequence[PromptType]) -> list[Any]:
 
 
 def _read(prompt: Any, index: int, tokenizer: Tokenizer) -> Prompt:
-    token_ids: Any = None
-    text = prompt
     if isinstance(prompt, Mapping):
         if unknown := prompt.keys() - _KEYS:
             raise ArgumentError(f"prompt {index}: {min(map(str, unknown))!r} is not supported in a prompt")
-        token_ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
-    elif not isinstance(prompt, str):
-        token_ids, text = prompt, None
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    elif isinstance(prompt, str):
+        text, token_ids = prompt, None
+    else:
+        text, token_ids = None, prompt
     if text is not None and not isinstance(text, str):
         raise ArgumentError(f"prompt {index}: a text is expected, not {type(text).__name__}")
     if token_ids is not None:
@@ -84,9 +84,8 @@ def read_conversations(
         raise ArgumentError("this model has no chat template", hint="use generate")
     if taken := _OWN_VARIABLES & variables.keys():
         raise ArgumentError(f"chat_template_kwargs cannot hold {min(taken)}")
-    one = not messages or isinstance(messages[0], Mapping)
     found = []
-    for index, conversation in enumerate([messages] if one and messages else messages):
+    for index, conversation in enumerate(_conversations(messages)):
         checked = _messages(conversation, index)
         try:
             text = template.render(checked, tools=tools, **variables)
@@ -95,6 +94,13 @@ def read_conversations(
         # The template has written the special tokens already.
         found.append(Prompt(tuple(tokenizer.encode(text, add_special_tokens=False)), text))
     return found
+
+
+def _conversations(messages: Any) -> list[Any]:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise ArgumentError(f"messages cannot be of type {type(messages).__name__}")
+    items = list(messages)
+    return [items] if items and isinstance(items[0], Mapping) else items
 
 
 def _messages(conversation: Any, index: int) -> list[dict[str, Any]]:
