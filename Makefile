@@ -6,12 +6,12 @@ PIP := $(BIN)/pip --disable-pip-version-check -qq
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs lock clean
+.PHONY: help demo test check bench docs lock clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/.export $(VENV)/.model ## export the embedded model twice, serve it, compare answers (DEMO_ONCE=1: then stop)
+demo: $(VENV)/.export $(VENV)/.model ## export the embedded model, serve it with adapters, ask (DEMO_ONCE=1: then stop)
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev $(VENV)/.model ## run all tests (PYTEST_ARGS="-k name" for some)
@@ -21,6 +21,9 @@ check: $(VENV)/.dev ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+bench: $(VENV)/.dev $(VENV)/.model ## measure, in some minutes (BENCH_ARGS="--models smollm2,llama-1b")
+	@$(BIN)/python -m bench $(BENCH_ARGS)
 
 docs: $(VENV)/.dev ## write the generated parts of the documentation again
 	@$(BIN)/python docs/generate.py

@@ -22,7 +22,7 @@ from ovms_lora.core.config import LoraOptions
 from ovms_lora.core.errors import ArgumentError, InvalidFieldError, UnavailableError
 from ovms_lora.core.request import AdapterUse, GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
-from ovms_lora.engine.lora_runtime import LoraConfig
+from ovms_lora.engine.lora_config import LoraConfig
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel, load_model
 from ovms_lora.offline.adapters import RequestedAdapters
 from ovms_lora.offline.batch import Ask, Batch, OutputRouter
@@ -75,7 +75,6 @@ class LLM:
             "max_num_seqs": _at_least(1, "max_num_seqs", max_num_seqs),
             "max_num_batched_tokens": _at_least(1, "max_num_batched_tokens", max_num_batched_tokens),
             "cache_size": _at_least(0, "cache_size", cache_size),
-            "device": device,
         }
         lora = _lora_config(
             max_loras=max_loras,
@@ -88,6 +87,7 @@ class LLM:
         loaded = load_model(
             Path(model).expanduser(),
             deliver=self._router,
+            device=device,
             plugin_config=plugin_config,
             overrides={name: value for name, value in overrides.items() if value is not None},
             lora=lora if enable_lora else None,

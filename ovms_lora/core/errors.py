@@ -4,6 +4,7 @@ OvmsLoraError                    a one-line cause, and perhaps a hint what to do
 ├── UsageError                   the command line is wrong (exit code 2)
 ├── ArgumentError                the Python API got something that it cannot use; a ValueError too
 ├── ConfigError                  config.json is not usable
+│   └── ConfigUnreadableError    there is no such file, or it cannot be read
 ├── ModelFolderError             a folder is not a model that can be served
 ├── ExportError                  an export cannot be done, or failed
 ├── AdapterError                 an adapter is bad in itself; `code` says how (contract section 5)
@@ -56,6 +57,10 @@ class ArgumentError(OvmsLoraError, ValueError):
 
 class ConfigError(OvmsLoraError):
     """config.json cannot be read or names something unusable."""
+
+
+class ConfigUnreadableError(ConfigError):
+    """config.json is not there, is no file or cannot be read."""
 
 
 class ModelFolderError(OvmsLoraError):

@@ -23,7 +23,7 @@ class HostAdapter(Protocol):
 
     @property
     def max_rank(self) -> int:
-        """The largest rank of its modules: how many rank rows it takes."""
+        """The largest rank of its modules: what it takes of the total rank."""
 
 
 @dataclass(frozen=True, slots=True)

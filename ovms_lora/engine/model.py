@@ -6,6 +6,7 @@ The one place that reads a model folder: graph.pbtxt, config.json, generation_co
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +18,14 @@ from ovms_lora.core.graph_pbtxt import parse_graph
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.graph_source import GraphSource
-from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
+from ovms_lora.engine.lora_config import LoraConfig
+from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.runner import OpenVinoRunner
 from ovms_lora.engine.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
+GRAPH_NAME = "graph.pbtxt"
 _DEFAULT_MAX_LEN = 2048
 
 
@@ -55,19 +60,21 @@ def load_model(
     folder: Path,
     *,
     deliver: Deliver,
+    graph_path: str | None = None,
+    device: str | None = None,
     plugin_config: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     lora: LoraConfig | None = None,
 ) -> LoadedModel:
     """Load a model folder and start its engine; takes seconds.
 
-    `plugin_config` is laid over that of graph.pbtxt, `overrides` replace other EngineOptions of it. With `lora` the
-    model takes runtime adapters; those that cannot be loaded are left out and stand in `LoraRuntime.failures`. Raises
-    ModelFolderError when the folder cannot be served.
+    `graph_path` is relative to the folder; `device` and `plugin_config` are laid over what the graph says, `overrides`
+    replace other EngineOptions of it. With `lora` the model takes runtime adapters; those that cannot be loaded are
+    left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the folder cannot be served.
     """
-    folder, options = read_options(folder)
+    folder, options = read_options(folder, graph_path)
     properties = {**options.plugin_config, **(plugin_config or {})}
-    options = replace(options, **(overrides or {}), plugin_config=properties)
+    options = replace(options, **(overrides or {}), device=device or options.device, plugin_config=properties)
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder, options.generation_config_path)
@@ -84,26 +91,39 @@ def load_model(
         deliver=deliver,
         max_model_len=max_model_len,
         eos_token_ids=defaults.eos_token_ids,
-        residency=runtime.residency if runtime else None,
+        residency=runtime.graphs.residency if runtime else None,
     )
     if runtime:
-        runtime.attach(engine, runner)
+        runtime.graphs.attach(engine, runner)
     engine.start()
     return LoadedModel(folder, engine, tokenizer, template, defaults, options, runtime)
 
 
-def read_options(folder: Path) -> tuple[Path, EngineOptions]:
-    """Return the folder that holds the IR, and the options of graph.pbtxt where there is one."""
+def read_options(folder: Path, graph_path: str | None = None) -> tuple[Path, EngineOptions]:
+    """Return the folder that holds the IR, and the options of the graph where there is one.
+
+    `graph_path` is relative to the folder and has to exist; the default, graph.pbtxt, need not. `models_path` of the
+    graph is relative to the folder, as in OVMS, wherever the graph is. Raises ModelFolderError.
+    """
     if not folder.is_dir():
         raise ModelFolderError(f"{folder} is not a folder", hint="check base_path or --model_path")
-    path = folder / "graph.pbtxt"
+    path = folder / (graph_path or GRAPH_NAME)
     if not path.is_file():
+        if graph_path is not None:
+            raise ModelFolderError(f"{path} is not a file", hint="correct graph_path in config.json")
         return folder, EngineOptions()
     try:
         graph = parse_graph(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelFolderError(f"cannot read {path}: {error}") from error
-    return (folder / graph.models_path).resolve(), graph.options
+        raise ModelFolderError(f"cannot read {path}: {error}", hint="export the model again") from error
+    if graph.without_effect:
+        log.info("%s: without effect here: %s", path, ", ".join(graph.without_effect))
+    models = (folder / graph.models_path).resolve()
+    if not models.is_dir():
+        raise ModelFolderError(
+            f"models_path {graph.models_path!r} of {path} is not a folder", hint="it is relative to base_path"
+        )
+    return models, graph.options
 
 
 def read_generation_defaults(folder: Path, path: str = "") -> GenerationDefaults:

@@ -1,4 +1,4 @@
-"""Tokenizer: text to token ids and back, from a model folder's tokenizer.json.
+"""Tokenizer: text to token ids and back, from a model folder's tokenizer.json, or from OpenVINO's graphs.
 
 `Detokenizer` gives the text of a growing sequence piece by piece, never half a character. Knows no templates.
 """
@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 
 from ovms_lora.core.errors import ModelFolderError
+from ovms_lora.engine.token_bytes import byte_level_bytes, sentencepiece_bytes
 
 _REPLACEMENT = "�"
 _CHARACTER = 4  # bytes, and so tokens, of the longest character
@@ -27,10 +29,20 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Read `tokenizer.json`. Raises ModelFolderError when it is missing or broken."""
+        """Read `tokenizer.json`, or openvino_tokenizer.xml and its counterpart where that is missing.
+
+        Raises ModelFolderError when there is neither, or what there is is broken.
+        """
         path = folder / "tokenizer.json"
+        if not path.is_file() and (folder / "openvino_tokenizer.xml").is_file():
+            from ovms_lora.engine.openvino_tokenizer import OpenVinoTokenizer  # it is a Tokenizer itself
+
+            return OpenVinoTokenizer.from_folder(folder)
         if not path.is_file():
-            raise ModelFolderError(f"{folder} holds no tokenizer.json", hint="export the model with its tokenizer")
+            raise ModelFolderError(
+                f"{folder} holds neither tokenizer.json nor openvino_tokenizer.xml",
+                hint="export the model with its tokenizer",
+            )
         try:
             return cls(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
         except (OSError, ValueError) as error:
@@ -49,6 +61,11 @@ class Tokenizer:
         token_ids: list[int] = encodings[0].ids
         return token_ids
 
+    def encode_inert(self, text: str) -> list[int]:
+        """Return the token ids of a text in which special tokens are no more than their characters."""
+        token_ids: list[int] = self._inert.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return token_ids
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that form no character become U+FFFD."""
         text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -58,10 +75,31 @@ class Tokenizer:
         """Return the text of one token by itself, special tokens included."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for; a special token stands for its name."""
+        piece: str = self._backend.id_to_token(token_id)
+        if token_id in self._added:
+            return piece.encode()
+        return byte_level_bytes(piece) if self._is_byte_level else sentencepiece_bytes(piece)
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its exact name in the vocabulary, None when there is none."""
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
+
+    @cached_property
+    def _inert(self) -> tokenizers.Tokenizer:
+        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._backend.get_added_tokens_decoder())
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return b"ByteLevel" in self._backend.decoder.__getstate__() if self._backend.decoder else False
 
 
 class Detokenizer:

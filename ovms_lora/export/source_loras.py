@@ -8,6 +8,7 @@ Items are separated by commas.
 
 from __future__ import annotations
 
+import difflib
 import math
 
 from ovms_lora.core.config import CompositeComponent, CompositeEntry
@@ -76,8 +77,13 @@ def _check_names(adapters: list[RuntimeSource], composites: list[CompositeEntry]
             raise UsageError(f"--source_loras names {name!r} twice", hint=_HINT)
     for composite in composites:
         for component in composite.components:
-            if component.adapter_alias not in known:
-                raise UsageError(
-                    f"--source_loras: {composite.alias!r} names {component.adapter_alias!r}, which is not in the list",
-                    hint=_HINT,
-                )
+            alias = component.adapter_alias
+            if alias not in known:
+                fault = "is a composite itself, and not an adapter" if alias in names else "is not in the list"
+                message = f"--source_loras: {composite.alias!r} names {alias!r}, which {fault}"
+                raise UsageError(message, hint=_meant(alias, known))
+
+
+def _meant(alias: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(alias, sorted(known), n=1)
+    return f"did you mean {near[0]}?" if near else _HINT

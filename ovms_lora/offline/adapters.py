@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ovms_lora.core.errors import ArgumentError, OvmsLoraError
 from ovms_lora.core.request import AdapterUse
-from ovms_lora.engine.lora_runtime import AdapterSpec, LoraRuntime
+from ovms_lora.engine.lora_config import AdapterSpec
+from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.offline.lora_request import LoRARequest
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")

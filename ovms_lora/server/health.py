@@ -37,22 +37,30 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/v2/models/{name:path}/ready")
+@router.get("/v2/models/{name:path}/versions/{version:int}/ready")  # the last one is looked at first
 async def model_ready(request: Request, name: str) -> Response:
-    """Answer 200 while one model takes requests."""
+    """Answer 200 while one model, adapter or composite takes requests; the version is not looked at, as for graphs."""
     server = state_of(request)
-    if server.registry.get(name):
+    status = server.registry.statuses.get(name)
+    if server.registry.get(name) or server.registry.base_of(name):
         return _probe(server.lifecycle.ready)
-    if name in server.registry.statuses:
-        return _probe(False)
-    return JSONResponse({"error": _MODEL_NOT_FOUND}, 404)
+    return _not_found() if status is None else _probe(False)
 
 
 @router.get("/v2/models/{name:path}")
+@router.get("/v2/models/{name:path}/versions/{version:int}")  # the last one is looked at first
 async def model_metadata(request: Request, name: str) -> Response:
-    """Describe one model."""
-    if state_of(request).registry.get(name) is None:
-        return JSONResponse({"error": _MODEL_NOT_FOUND}, 404)
-    return JSONResponse({"name": name, "versions": ["1"], "platform": "OpenVINO", "inputs": [], "outputs": []})
+    """Describe one model, adapter or composite, as OVMS does a graph: its streams are no tensors."""
+    registry = state_of(request).registry
+    served = registry.get(name) or registry.base_of(name)
+    if served is None:
+        return _not_found()
+    streams = {key: [{"name": key.rstrip("s"), "datatype": "INVALID", "shape": []}] for key in ("inputs", "outputs")}
+    return JSONResponse({"name": name, "versions": [str(served.spec.version)], "platform": "OpenVINO", **streams})
+
+
+def _not_found() -> Response:
+    return JSONResponse({"error": _MODEL_NOT_FOUND}, 404)
 
 
 def _probe(good: bool) -> Response:

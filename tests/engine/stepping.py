@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -57,11 +58,19 @@ class MoodyResidency:
 class Stepper:
     """One scheduler, pool and fake device."""
 
-    def __init__(self, limits: SchedulerLimits, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        num_blocks: int,
+        block_size: int,
+        residency: MoodyResidency | None = None,
+        before_step: Callable[[Seq[Chunk]], None] | None = None,
+    ) -> None:
         self.limits = limits
         self.pool = BlockPool(num_blocks, block_size)
-        self.runner = ContextRunner(num_blocks=num_blocks, block_size=block_size)
-        self.residency = MoodyResidency()
+        self.runner = ContextRunner(num_blocks=num_blocks, block_size=block_size, before_step=before_step)
+        self.residency = residency or MoodyResidency()
         self.scheduler = Scheduler(self.pool, limits, self.residency)
         self.sampler = Sampler()
         self.finished: list[Sequence] = []
@@ -153,11 +162,13 @@ class _Hashable:
 
 @functools.lru_cache(maxsize=4096)
 def _all_alone(hashable: _Hashable) -> list[list[int]]:
-    answers = []
-    for index in range(hashable.request.sampling.n):
-        stepper = Stepper(SchedulerLimits(prefix_caching=False), num_blocks=64, block_size=4)
-        sequence = Sequence(hashable.request, index)
-        stepper.scheduler.add(sequence)
-        stepper.run_to_the_end()
-        answers.append(sequence.output_token_ids)
-    return answers
+    return [run_alone(hashable.request, index) for index in range(hashable.request.sampling.n)]
+
+
+def run_alone(request: GenerationRequest, index: int) -> list[int]:
+    """As `tokens_alone`, and keeps nothing of the request."""
+    stepper = Stepper(SchedulerLimits(prefix_caching=False), num_blocks=64, block_size=4)
+    sequence = Sequence(request, index)
+    stepper.scheduler.add(sequence)
+    stepper.run_to_the_end()
+    return sequence.output_token_ids

@@ -14,7 +14,8 @@ from ovms_lora.core.errors import AdapterNotFoundError
 from ovms_lora.core.request import AdapterUse
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
-from ovms_lora.engine.lora_runtime import AdapterSpec, LoraConfig, LoraRuntime
+from ovms_lora.engine.lora_config import AdapterSpec, LoraConfig
+from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel
 from tests.engine.harness import TOKENIZER, AnyAdapters
 from tests.engine.stepping import FakeAdapter
@@ -72,11 +73,12 @@ def build_llm(
         folder: Path,
         *,
         deliver: Deliver,
+        device: str | None,
         plugin_config: Mapping[str, Any] | None,
         overrides: Mapping[str, Any],
         lora: LoraConfig | None,
     ) -> LoadedModel:
-        options = EngineOptions(**overrides, plugin_config=dict(plugin_config or {}))
+        options = EngineOptions(**overrides, device=device or "CPU", plugin_config=dict(plugin_config or {}))
         engine = Engine(
             runner,
             TOKENIZER,

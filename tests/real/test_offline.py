@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.conftest import ROOT
+from tests.real.client import ROOT
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]
 
