@@ -1,4 +1,4 @@
-"""LLM: a model in this process, asked from Python with vLLM's names (contract of the offline API).
+"""LLM: a model in this process, asked from Python with vLLM's names, defaults and errors.
 
     prompts, sampling, adapters ──check all──► Asks ──Batch──► engine ──► RequestOutputs, in the order of the prompts
 

@@ -170,6 +170,17 @@ def test_logprobs_are_maps_from_token_ids() -> None:
     assert [ord("ello"[i]) in (found or {}) for i, found in enumerate(output.prompt_logprobs[1:])] == [True] * 4
 
 
+def test_a_chosen_token_has_its_rank_also_beyond_the_alternatives() -> None:
+    sampling = SamplingParams(temperature=2, seed=3, max_tokens=30, logprobs=1)
+    with fake_llm() as llm:
+        (output,) = llm.generate("hello", sampling, use_tqdm=False)
+    (completion,) = output.outputs
+    logprobs = completion.logprobs or []
+    beyond = [found[token] for found, token in zip(logprobs, completion.token_ids, strict=True) if len(found) == 2]
+    assert beyond, "no token but the most probable one was ever chosen"
+    assert all(each.rank and each.rank > 1 for each in beyond)
+
+
 def test_several_continuations_follow_the_seed() -> None:
     sampling = SamplingParams(n=4, seed=7, max_tokens=12)
     with fake_llm() as llm:

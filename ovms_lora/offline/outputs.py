@@ -16,10 +16,7 @@ TokenText = Callable[[int], str]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural log-probability of one token.
-
-    `rank` counts from 1 for the most probable one; None where the token is not among those that were asked for.
-    """
+    """Natural log-probability of one token; `rank` counts from 1 for the most probable one of the vocabulary."""
 
     logprob: float
     rank: int | None = None
@@ -101,5 +98,5 @@ def _by_token_id(entry: TokenLogprob, token_text: TokenText) -> dict[int, Logpro
         token_id: Logprob(logprob, rank, token_text(token_id))
         for rank, (token_id, logprob) in enumerate(entry.top, start=1)
     }
-    own = ranked.get(entry.token_id) or Logprob(entry.logprob, None, token_text(entry.token_id))
+    own = ranked.get(entry.token_id) or Logprob(entry.logprob, entry.rank, token_text(entry.token_id))
     return {entry.token_id: own, **ranked}

@@ -84,7 +84,7 @@ def _by_token_id(entry: TokenLogprob, token_text: TokenText) -> dict[str, dict[s
             "rank": rank,
             "decoded_token": token_text(token_id),
         }
-    own = {"logprob": _finite(entry.logprob), "rank": None, "decoded_token": token_text(entry.token_id)}
+    own = {"logprob": _finite(entry.logprob), "rank": entry.rank, "decoded_token": token_text(entry.token_id)}
     found.setdefault(str(entry.token_id), own)
     return found
 

@@ -92,7 +92,7 @@ def build_llm(
         engine.start()
         runtime = cast(LoraRuntime, FakeRuntime()) if lora else None
         chat = ChatTemplate(template) if template else None
-        return LoadedModel(folder, engine, TOKENIZER, chat, defaults or GenerationDefaults(), options, runtime)
+        return LoadedModel(folder, engine, TOKENIZER, chat, defaults or GenerationDefaults(), options, lora=runtime)
 
     with mock.patch("ovms_lora.llm.load_model", load):
         return LLM("a-model", **arguments)

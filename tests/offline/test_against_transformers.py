@@ -63,6 +63,12 @@ def test_two_adapters_and_the_base_in_one_call(llm: LLM, folders: dict[str, Path
         assert output.outputs[0].token_ids == expected(name, given), f"{name}, prompt of {len(given)} tokens"
 
 
+def test_settings_are_laid_over_those_of_the_folder(llm: LLM) -> None:
+    options = llm._loaded.options
+    assert (options.max_num_seqs, options.max_num_batched_tokens, options.device) == (4, 256, "CPU")
+    assert options.plugin_config["KV_CACHE_PRECISION"] == "f32"
+
+
 def test_a_model_without_adapters_needs_no_enable_lora(llama: Base, expected: Expected) -> None:
     with load(llama.folder) as plain:
         outputs = plain.generate(PROMPTS, GREEDY, False)
