@@ -76,11 +76,15 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural log-probability of one token, with the `top` alternatives (token id, log-probability), best first."""
+    """Natural log-probability of one token, with the `top` alternatives (token id, log-probability), best first.
+
+    `rank` counts from 1 for the most probable token of the vocabulary; None where nobody has counted.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

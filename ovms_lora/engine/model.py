@@ -78,17 +78,18 @@ def load_model(
     graph_path: str | None = None,
     device: str | None = None,
     plugin_config: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     lora: LoraConfig | None = None,
 ) -> LoadedModel:
     """Load a model folder and start its engine; takes seconds.
 
-    `graph_path` is relative to the folder; `device` and `plugin_config` are laid over what the graph says. With `lora`
-    the model takes runtime adapters; those that cannot be loaded are left out and stand in `LoraRuntime.failures`.
-    Raises ModelFolderError when the folder cannot be served.
+    `graph_path` is relative to the folder; `device` and `plugin_config` are laid over what the graph says, `overrides`
+    replace other EngineOptions of it. With `lora` the model takes runtime adapters; those that cannot be loaded are
+    left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the folder cannot be served.
     """
     folder, options = read_options(folder, graph_path)
     properties = {**options.plugin_config, **(plugin_config or {})}
-    options = replace(options, device=device or options.device, plugin_config=properties)
+    options = replace(options, **(overrides or {}), device=device or options.device, plugin_config=properties)
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder, options.generation_config_path)

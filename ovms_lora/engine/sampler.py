@@ -185,8 +185,10 @@ def top_indices(row: FloatArray, count: int) -> IntArray:
 
 
 def token_logprob(row: FloatArray, token_id: int, top: int) -> TokenLogprob:
-    """Return the natural log-probability of a token under one row of logits, and of the `top` best tokens."""
+    """Return the natural log-probability of a token under one row of logits, its rank, and the `top` best tokens."""
     shift = float(row.max())
     norm = shift + float(np.log(np.exp(row - np.float32(shift)).sum(dtype=np.float64)))
     best = top_indices(row, top) if top else ()
-    return TokenLogprob(token_id, float(row[token_id]) - norm, tuple((int(i), float(row[i]) - norm) for i in best))
+    alternatives = tuple((int(i), float(row[i]) - norm) for i in best)
+    rank = 1 + int(np.count_nonzero(row > row[token_id]))
+    return TokenLogprob(token_id, float(row[token_id]) - norm, alternatives, rank)

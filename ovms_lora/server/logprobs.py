@@ -96,7 +96,11 @@ def _by_token_id(entry: TokenLogprob, writer: TokenWriter) -> dict[str, dict[str
             "rank": rank,
             "decoded_token": writer.token_text(token_id),
         }
-    own = {"logprob": _finite(entry.logprob), "rank": None, "decoded_token": writer.token_text(entry.token_id)}
+    own = {
+        "logprob": _finite(entry.logprob),
+        "rank": entry.rank,
+        "decoded_token": writer.token_text(entry.token_id),
+    }
     found.setdefault(str(entry.token_id), own)
     return found
 

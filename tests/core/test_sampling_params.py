@@ -92,7 +92,12 @@ def test_stop_is_one_string_or_several(stop: Any, stops: tuple[str, ...]) -> Non
 
 
 def test_stop_token_ids_can_be_a_list() -> None:
-    assert SamplingParams(stop_token_ids=[1, 2]).stop_token_ids == (1, 2)  # type: ignore[arg-type]
+    assert SamplingParams(stop_token_ids=[1, 2]).stop_token_ids == (1, 2)
+
+
+def test_none_is_the_same_as_nothing_given() -> None:
+    nothing: Any = None
+    assert SamplingParams(stop=nothing, stop_token_ids=nothing, logit_bias=nothing) == SamplingParams()
 
 
 def test_temperature_zero_is_greedy() -> None:

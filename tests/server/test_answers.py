@@ -185,6 +185,7 @@ async def test_prompt_logprobs_are_vllms(served: Served) -> None:
     prompt = (await served.post("/v1/completions", **body)).json()["choices"][0]["prompt_logprobs"]
     assert prompt[0] is None
     assert prompt[1][str(ord("e"))]["decoded_token"] == "e"
+    assert all(entry["rank"] >= 1 for entries in prompt[1:] for entry in entries.values())
 
 
 async def test_a_stop_string_is_cut_off_and_named(served: Served) -> None:
