@@ -266,7 +266,10 @@ def test_the_models_length_ends_a_text_that_asks_for_more() -> None:
         ({"prompts": ["ok", ""]}, "prompt 1: prompt is empty"),
         ({"prompts": ["ok", [1, 999]]}, "prompt 1: prompt holds a token id outside of 0 … 256"),
         ({"prompts": ["ok", "x" * 64]}, "prompt 1: Number of prompt tokens: 64 exceeds model max length: 64"),
-        ({"sampling_params": SamplingParams(stop_token_ids=[999])}, "prompt 0: a token id is outside"),
+        (
+            {"sampling_params": SamplingParams(stop_token_ids=[999])},
+            "prompt 0: stop_token_ids holds a token id outside",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_call_is_said_before_it_runs(arguments: dict[str, Any], message: str) -> None:
