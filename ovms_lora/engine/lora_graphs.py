@@ -30,6 +30,7 @@ class LoraGraphs:
     def __init__(self, source: GraphSource, options: LoraOptions, dtype: str) -> None:
         self._source, self._options = source, options
         self._targets = LoraTargets(frozenset(), _TILE_WIDTHS[0], dtype, sums=False)
+        self._largest_rank = 0  # ever: requests may still use what has no alias any more
         self._engine: Engine | None = None
         self._runner: OpenVinoRunner | None = None
         self._residency: LoraResidency | None = None
@@ -105,8 +106,8 @@ class LoraGraphs:
         targets, ranks = self._targets, {entry.digest: entry.max_rank for entry in entries}
         paths = targets.paths.union(*(entry.paths for entry in entries))
         width = targets.width if paths == targets.paths else _tile_width(ranks.values())
-        several = any(rank > width for rank in ranks.values())
-        return LoraTargets(paths, width, targets.dtype, targets.sums or sums or several)
+        self._largest_rank = max(self._largest_rank, *ranks.values(), 0)
+        return LoraTargets(paths, width, targets.dtype, targets.sums or sums or self._largest_rank > width)
 
     def _switch(self, targets: LoraTargets) -> None:
         if targets == self._targets or self._engine is None:

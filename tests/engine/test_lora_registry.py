@@ -40,6 +40,7 @@ from ovms_lora.core.errors import (
 )
 from ovms_lora.core.request import AdapterUse, GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.engine import lora_graphs
 from ovms_lora.engine.engine import Engine
 from ovms_lora.engine.graph_source import CompiledGraph, GraphSource, LoraTargets
 from ovms_lora.engine.lora_config import AdapterSpec, CompositeSpec, LoraConfig
@@ -167,8 +168,12 @@ class RegistryMachine(RuleBasedStateMachine):
         self.seen: list[tuple[str, weakref.ref[Adapter]]] = []
         self.live: list[EngineSequence] = []
         self.names = itertools.count()
-        self.patch = mock.patch.object(store_module, "load_adapter", self.read)
-        self.patch.start()
+        self.patches = (
+            mock.patch.object(store_module, "load_adapter", self.read),
+            mock.patch.object(lora_graphs, "_TILE_WIDTHS", (1, 2, 4)),  # so that ranks are above and below
+        )
+        for patch in self.patches:
+            patch.start()
 
     def read(self, folder: Path, *_: Any, **__: Any) -> Adapter:
         match self.content.get(folder, NOTHING):
@@ -483,7 +488,8 @@ class RegistryMachine(RuleBasedStateMachine):
             assert not self.residents()
             gc.collect()
             assert [digest for digest, made in self.seen if made() is not None] == []
-        self.patch.stop()
+        for patch in self.patches:
+            patch.stop()
         shutil.rmtree(self.place)
 
 

@@ -55,8 +55,14 @@ def test_the_runtime_adapter_answers_in_sql_also_beside_others(int8_base: Path) 
         assert ours.model.lora
         prompt = ours.model.tokenizer.encode(PROMPT)
         sql, tools = ours.model.lora.select("sql"), ours.model.lora.select("tools")
+        blend = ours.model.lora.blend([("sql", None), ("tools", None)])
         mixed = ours.generate(
-            {"sql": (prompt, sql), "tools": (prompt, tools), "base": (prompt, ()), "blend": (prompt, (*sql, *tools))}
+            {
+                "sql": (prompt, sql),
+                "tools": (prompt, tools),
+                "base": (prompt, ()),
+                "blend": (prompt, ours.model.lora.blend([("sql", None), ("tools", None)])),
+            }
         )
         texts = {name: ours.model.tokenizer.decode(tokens) for name, tokens in mixed.items()}
     assert texts["sql"].strip().startswith("SELECT")
