@@ -1,4 +1,4 @@
-"""Which graph is compiled: for all linears that are needed, with tiles that suit the ranks, summing only if asked to."""
+"""Which graph is compiled: for all linears that are needed, with tiles that suit the ranks, and sums if asked for."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_the_runtime_adapter_answers_in_sql_also_beside_others(int8_base: Path) 
                 "sql": (prompt, sql),
                 "tools": (prompt, tools),
                 "base": (prompt, ()),
-                "blend": (prompt, ours.model.lora.blend([("sql", None), ("tools", None)])),
+                "blend": (prompt, blend),
             }
         )
         texts = {name: ours.model.tokenizer.decode(tokens) for name, tokens in mixed.items()}
