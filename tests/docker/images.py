@@ -118,11 +118,11 @@ class Images:
         shutil.rmtree(base)
         self._base_size = _layer_bytes(self._inspect(_BASE))
 
-    def build(self, dockerfile: str, *options: str) -> Image:
-        """Build one of the repository's images on that base."""
+    def build(self, dockerfile: str) -> Image:
+        """Build one of the repository's images on that base, with the words of `IMAGE_BUILD_OPTIONS`."""
         tag = f"localhost/{Path(dockerfile).name.lower()}:test"
         flags = ["--format=docker", "--isolation=chroot", f"--build-arg=BASE_IMAGE={_BASE}", f"--tag={tag}"]
-        options = (*options, *shlex.split(os.environ.get("IMAGE_BUILD_OPTIONS", "")))
+        options = shlex.split(os.environ.get("IMAGE_BUILD_OPTIONS", ""))
         self._buildah("build", *flags, *options, f"--file={ROOT / dockerfile}", str(ROOT))
         about = self._inspect(tag)
         root = self._buildah("mount", self._buildah("from", tag).strip()).strip()
@@ -151,7 +151,7 @@ def running(image: Image, *arguments: str, volume: str, user: str | None = None)
     namespaces = ["unshare", "--mount", "--pid", "--fork"]
     shell = ["sh", "-euc", _START, "sh", str(image.root), *volume.split(":")]
     words = [*image.enter(user), *image.config["Entrypoint"], *arguments]
-    with TemporaryFile("w+") as log, subprocess.Popen([*namespaces, *shell, *words], stdout=log, stderr=log) as process:
+    with TemporaryFile("a+") as log, subprocess.Popen([*namespaces, *shell, *words], stdout=log, stderr=log) as process:
         container = Container(image, process, log)
         try:
             yield container

@@ -38,6 +38,7 @@ def test_it_exports_a_merged_model_that_its_user_owns(image: Image, tmp_path: Pa
 
 
 def test_without_flags_it_says_which_there_are(image: Image, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # the volume is the working folder
     with running(image, *image.config["Cmd"], volume=f"{tmp_path}:/workspace:rw") as container:
         assert container.process.wait(timeout=60) == 0
         assert container.log().startswith("usage: ovms-lora export")
