@@ -1,6 +1,6 @@
 """The exporter's image, built and run: an export into a volume, under a read-only root. Runs with --image, as root.
 
-It downloads several gigabytes.
+The build downloads torch and all libraries of the exporter.
 """
 
 from __future__ import annotations
