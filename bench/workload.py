@@ -27,7 +27,7 @@ from ovms_lora.core.config import EngineOptions, LoraOptions
 from ovms_lora.core.request import AdapterUse, GenerationRequest, SequenceOutput
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine.graph_source import GraphSource
-from ovms_lora.engine.lora_runtime import AdapterSpec, LoraConfig
+from ovms_lora.engine.lora_config import AdapterSpec, LoraConfig
 from ovms_lora.engine.model import LoadedModel, load_model
 
 RESULTS = Path(__file__).parent / "results"

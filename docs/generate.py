@@ -22,7 +22,7 @@ from ovms_lora import cli
 from ovms_lora.core.config import ServerConfig
 from ovms_lora.core.errors import EngineError, QueueFullError
 from ovms_lora.engine.engine import EngineStats
-from ovms_lora.engine.lora_runtime import AdapterCard, LoraConfig
+from ovms_lora.engine.lora_config import AdapterCard, LoraConfig
 from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import build_parser
 from ovms_lora.server.metrics import Metrics

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from ovms_lora.adapters.adapter import BaseLinears, inspect_adapter, load_adapter
 from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError, UsageError
+from ovms_lora.engine.adapter_templates import AdapterTemplates
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.model import read_generation_defaults, read_max_model_len, read_options
+from ovms_lora.engine.paged_graph import IR_NAME
 from ovms_lora.engine.tokenizer import Tokenizer
 from ovms_lora.server.model_source import ConfigFile, ModelSpec
+from ovms_lora.server.model_versions import find_version
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _MAX_RANK = 256  # of any server
@@ -26,12 +29,12 @@ def check(path: Path, *, base: Path | None = None) -> Iterator[str]:
     if not path.exists():
         raise ConfigError(f"{path} does not exist", hint="give a model folder, an adapter folder or a config.json")
     is_adapter = path.is_dir() and (base is not None or any((path / name).exists() for name in _ADAPTER_FILES))
-    if base is not None and not is_adapter:
-        raise UsageError("--base goes with an adapter folder")
+    if base is not None and (not is_adapter or (path / IR_NAME).exists()):
+        raise UsageError("--base goes with an adapter folder", hint="ovms-lora check ADAPTER --base MODEL_FOLDER")
     if is_adapter:
         yield _check_adapter(path, base)
     elif path.is_dir():
-        yield _check_model(path)[0]
+        yield _check_model(find_version(path.absolute()).folder)[0]
     else:
         yield from _check_config(path)
 
@@ -41,7 +44,7 @@ def _check_config(path: Path) -> Iterator[str]:
     specs = ConfigFile(path).read()
     for spec in specs:
         try:
-            line, linears = _check_model(spec.folder)
+            line, linears = _check_model(spec.folder, spec.entry.graph_path)
         except OvmsLoraError as error:
             raise ModelFolderError(f"model {spec.name!r}: {error.message}", hint=error.hint) from error
         yield f"{spec.name}: {line}"
@@ -64,12 +67,12 @@ def _check_adapters(spec: ModelSpec, linears: BaseLinears) -> Iterator[str]:
         yield f"{spec.name}:{composite.alias}: composite of {', '.join(alias for alias, _ in composite.components)}"
 
 
-def _check_model(folder: Path) -> tuple[str, BaseLinears]:
+def _check_model(folder: Path, graph_path: str | None = None) -> tuple[str, BaseLinears]:
     """Return a summary of a model folder, and its linear layers. Raises ModelFolderError."""
-    inner, options = read_options(folder)
+    inner, options = read_options(folder, graph_path)
     Tokenizer.from_folder(inner)
     template = ChatTemplate.from_folder(inner)
-    read_generation_defaults(inner)
+    read_generation_defaults(inner, options.generation_config_path)
     length = read_max_model_len(inner)
     linears = GraphSource(inner, options).linears
     chat = "with a chat template" if template else "without a chat template"
@@ -89,4 +92,8 @@ def _check_adapter(folder: Path, base: Path | None) -> str:
 
 def _loaded(folder: Path, linears: BaseLinears, max_rank: int) -> str:
     adapter = load_adapter(folder, linears, max_lora_rank=max_rank, lora_dtype="float32")
-    return f"adapter of rank {adapter.max_rank} for {len(adapter.layers)} linear layers, digest {adapter.digest[:12]}"
+    chat = ", with a chat template of its own" if AdapterTemplates().of(adapter) else ""
+    return (
+        f"adapter of rank {adapter.max_rank} for {len(adapter.layers)} linear layers, "
+        f"digest {adapter.digest[:12]}{chat}"
+    )

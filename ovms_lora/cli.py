@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,12 @@ def _serve_parser() -> FlagParser:
     parser.add("api_key_file", type=Path, metavar="FILE", help="API keys, one a line (or the environment's API_KEY)")
     parser.add("allowed_origins", default="", metavar="ORIGINS", help="origins for CORS, comma-separated, or *")
     parser.add(
-        "metrics_enable", type=_on_off, nargs="?", const=True, default=True, metavar="true|false", help="default true"
+        "metrics_enable",
+        type=_on_off,
+        nargs="?",
+        const=True,
+        metavar="true|false",
+        help="default: what monitoring in config.json says, else true",
     )
     _add_lora_flags(parser)
     return parser
@@ -98,7 +104,7 @@ def _add_lora_flags(parser: FlagParser) -> None:
     )
     for name, text in numbers:
         parser.add(name, type=_count, metavar="N", help=text)
-    parser.add("lora_total_rank", type=_total_rank, metavar="N|auto", help="rank rows of all together (default auto)")
+    parser.add("lora_total_rank", type=_total_rank, metavar="N|auto", help="ranks of all residents (default auto)")
     parser.add("lora_dtype", choices=("auto", "f32", "bf16"), help="precision of adapters (default auto)")
     parser.add(
         "lora_modules",
@@ -138,6 +144,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     options, source = _server_options(arguments), _model_source(arguments)
+    if arguments.metrics_enable is None and arguments.config_path:
+        options = replace(options, metrics=_metrics_wanted(arguments.config_path))
     from ovms_lora.engine.model import load_model
     from ovms_lora.server.serve import serve
 
@@ -156,10 +164,16 @@ def _server_options(arguments: argparse.Namespace) -> ServerOptions:
         api_keys=_keys("--api_key_file", arguments.api_key_file, "API_KEY"),
         admin_keys=_keys("--admin_key_file", arguments.admin_key_file, "ADMIN_API_KEY"),
         allowed_origins=tuple(filter(None, (origin.strip() for origin in arguments.allowed_origins.split(",")))),
-        metrics=arguments.metrics_enable,
+        metrics=arguments.metrics_enable is not False,
         runtime_lora_updating=arguments.allow_runtime_lora_updating,
         lora_path_prefixes=_lora_path_prefixes(arguments),
     )
+
+
+def _metrics_wanted(config_path: Path) -> bool:
+    from ovms_lora.core.config import read_server_config
+
+    return read_server_config(config_path).monitoring.metrics.enable is not False
 
 
 def _lora_path_prefixes(arguments: argparse.Namespace) -> tuple[Path, ...]:

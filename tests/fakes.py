@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from ovms_lora.core.errors import EngineError
+from ovms_lora.engine.block_tables import BlockCopy
 from ovms_lora.engine.runner import FloatArray
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.engine.tokenizer import Tokenizer
@@ -26,12 +27,18 @@ _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz     ", np.uint8).astype(np
 
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, and `</s>` (id 256), which ends a sequence."""
+    backend = byte_backend()
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend)
+
+
+def byte_backend() -> tokenizers.Tokenizer:
+    """One token per byte."""
     alphabet = _byte_alphabet()
     backend = tokenizers.Tokenizer(models.BPE(vocab=dict(zip(alphabet, range(256), strict=True)), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    return Tokenizer(backend)
+    return backend
 
 
 def _byte_alphabet() -> list[str]:
@@ -57,9 +64,12 @@ class FakeRunner:
         block_size: int = 4,
         ends_after: Callable[[list[int]], bool] | None = None,
         before_step: Callable[[Sequence[Chunk]], None] | None = None,
+        copies_blocks: bool = True,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.copies_blocks = copies_blocks
+        self.num_copies = 0
         self.steps: list[list[tuple[str, int, int, int]]] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -67,6 +77,12 @@ class FakeRunner:
         self._ends_after = ends_after
         self._before_step = before_step
         self._cache = np.full((num_blocks, block_size), -1, np.int64)
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        assert self.copies_blocks or not copies
+        for copy in copies:
+            self._cache[copy.target] = self._cache[copy.source]
+        self.num_copies += len(copies)
 
     def run(self, chunks: Sequence[Chunk]) -> FloatArray:
         self.gate.wait()
@@ -102,4 +118,18 @@ class FakeRunner:
         np.maximum.at(row, _LETTERS[: len(scores)], scores)
         if self._ends_after and self._ends_after(context):
             row[EOS] = 100.0
+        return row
+
+
+class ScriptedRunner(FakeRunner):
+    """Writes the same text for every prompt, one byte per token, and ends."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(num_blocks=1024)
+        self._script = [*text.encode(), EOS]
+
+    def _logits(self, context: list[int], chunk: Chunk) -> FloatArray:
+        written = len(context) - len(chunk.sequence.request.prompt_token_ids)
+        row = np.full(VOCAB_SIZE, -30.0, np.float32)
+        row[self._script[min(written, len(self._script) - 1)]] = 100.0
         return row

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from functools import cache
@@ -39,6 +40,7 @@ def module(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec and spec.loader
     loaded = importlib.util.module_from_spec(spec)
+    sys.modules[loaded.__name__] = loaded  # dataclasses look there
     spec.loader.exec_module(loaded)
     return loaded
 
@@ -131,7 +133,7 @@ def test_the_verbs_are_described() -> None:
     assert set(verbs) - {"help"} == set(described)
 
 
-def test_the_demo_sends_the_first_two_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_sends_the_first_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[str, dict[str, Any]]] = []
 
     def answer(request: urllib.request.Request, timeout: float) -> io.BytesIO:
@@ -140,15 +142,23 @@ def test_the_demo_sends_the_first_two_requests(monkeypatch: pytest.MonkeyPatch) 
         return io.BytesIO(b'{"choices": [{"text": ""}]}')
 
     monkeypatch.setattr(urllib.request, "urlopen", answer)
-    for model in ("base_model", "merged_model"):
-        module("examples/demo.py").ask(8000, model)
-    assert sent == requests()[:2]
+    demo = module("examples/demo.py")
+    demo.ask_together(8000)
+    first = requests()[:3]
+    assert [body["model"] for _, body in first] == ["base_model", "merged_model", "tools"]
+    assert [each for each in first if each not in sent] == []
+
+
+def test_the_readme_shows_who_answers_in_the_demo() -> None:
+    shown = re.findall(r"^\| `(\w+)` \|", README.partition("## What you see")[2].partition("\n## ")[0], re.MULTILINE)
+    assert shown == [question.model for question in module("examples/demo.py").QUESTIONS]
 
 
 def test_the_requests_have_only_known_fields() -> None:
     known = {
         "/v3/completions": v3_fields.COMPLETIONS.names,
         "/v1/completions": v1_fields.COMPLETIONS.names,
+        "/v1/chat/completions": v1_fields.CHAT.names,
         "/v1/load_lora_adapter": {"lora_name", "lora_path", "base_model_name", "load_inplace", "pinned"},
     }
     for path, body in requests():

@@ -17,6 +17,7 @@ ALLOWED = {
     "core": set[str](),
     "adapters": {"core"},
     "engine": {"adapters", "core"},
+    "offline": {"engine", "adapters", "core"},
     "server": {"engine", "adapters", "core"},
     "scale": {"server", "engine", "adapters", "core"},
     "export": {"adapters", "core"},
@@ -49,21 +50,21 @@ def test_parts_import_one_way(part: str) -> None:
                 assert other in ALLOWED[part] | {part, "__version__"}, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("part", ["core", "adapters", "engine", "server", "scale"])
+@pytest.mark.parametrize("part", ["core", "adapters", "engine", "offline", "server", "scale"])
 def test_serving_imports_nothing_of_the_export(part: str) -> None:
     for path in modules(part):
         for name in imported(path):
             assert name.split(".")[0] not in EXPORT_ONLY, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("part", ["core", "server", "scale"])
+@pytest.mark.parametrize("part", ["core", "offline", "server", "scale"])
 def test_only_the_engine_knows_openvino(part: str) -> None:
     for path in modules(part):
         for name in imported(path):
             assert name.split(".")[0] != "openvino", f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("part", ["core", "adapters", "engine"])
+@pytest.mark.parametrize("part", ["core", "adapters", "engine", "offline"])
 def test_only_the_server_knows_http(part: str) -> None:
     for path in modules(part):
         for name in imported(path):

@@ -31,7 +31,9 @@ from ovms_lora.adapters.safetensors_file import (
     open_safetensors,
 )
 from ovms_lora.adapters.targets import ModuleScale, Targets
+from ovms_lora.adapters.template_files import read_template_files
 from ovms_lora.adapters.tensor_names import NamedTensors, TensorPair, pair_tensors
+from ovms_lora.core.chat_template import TemplateSource
 from ovms_lora.core.errors import AdapterError, AdapterErrorCode
 
 # Rows of a batch share one product with the A, and one with the scaled B, of all residents; zero times infinity is no
@@ -78,7 +80,7 @@ class Adapter:
     """A checked adapter. `digest` is the SHA-256 (hex) of its content, and with it its identity.
 
     `layers` is keyed by the base's module paths. `frozen_copies` names tensors that PEFT saved beside the LoRA as
-    copies of untouched base weights; they have the base's shape and are not read.
+    copies of untouched base weights; they have the base's shape and are not read. `chat_template` is its own, if any.
     """
 
     digest: str
@@ -86,6 +88,7 @@ class Adapter:
     layers: Mapping[str, LoraPair]
     dtype: np.dtype[Any]
     frozen_copies: tuple[str, ...] = ()
+    chat_template: TemplateSource | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -126,6 +129,7 @@ class _OpenAdapter:
     config_bytes: bytes
     files: tuple[AdapterFile, ...]
     weights: SafetensorsFile
+    chat_template: TemplateSource | None
 
 
 def load_adapter(folder: Path, base: BaseLinears, *, max_lora_rank: int, lora_dtype: npt.DTypeLike) -> Adapter:
@@ -153,7 +157,7 @@ def load_adapter(folder: Path, base: BaseLinears, *, max_lora_rank: int, lora_dt
     }
     _check_scaled(tensors, layers)
     frozen = tuple(info.name for info in tensors.frozen.values())
-    return Adapter(digest, source.config, MappingProxyType(layers), dtype, frozen)
+    return Adapter(digest, source.config, MappingProxyType(layers), dtype, frozen, source.chat_template)
 
 
 def inspect_adapter(folder: Path) -> AdapterSummary:
@@ -189,7 +193,9 @@ def _open(folder: AdapterFolder) -> _OpenAdapter:
             f"the adapter's weights are a pickle, {quoted(pickle)}",
             hint="save the adapter with safe_serialization=True",
         ) from error
-    return _OpenAdapter(config, config_bytes, (config_file, weights_file), open_safetensors(weights_file))
+    template = read_template_files(folder)
+    files = (config_file, weights_file, *template.files)
+    return _OpenAdapter(config, config_bytes, files, open_safetensors(weights_file), template.source)
 
 
 def _check_not_empty(tensors: NamedTensors) -> None:
@@ -273,7 +279,8 @@ def _read_tensors(
     """Read the tensors in the order of the file, one at a time; return them and the digest of all that was read."""
     used = {info.name for pair in tensors.pairs for info in (pair.a, pair.b)}
     digest = hashlib.sha256()
-    for part in (source.config_bytes, source.weights.header):
+    template = () if source.chat_template is None else (repr(source.chat_template).encode(errors="backslashreplace"),)
+    for part in (source.config_bytes, source.weights.header, *template):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     arrays: dict[str, npt.NDArray[Any]] = {}

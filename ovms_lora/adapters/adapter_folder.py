@@ -113,10 +113,17 @@ class AdapterFolder:
 
     def open(self, name: str, *, missing: AdapterErrorCode, unusable: AdapterErrorCode) -> AdapterFile:
         """Open the regular file `name`. Raises AdapterError(`missing`) or (`unusable`: link, FIFO, device, folder)."""
+        file = self.open_if_there(name, unusable=unusable)
+        if file is None:
+            raise AdapterError(missing, f"the adapter folder holds no {name}")
+        return file
+
+    def open_if_there(self, name: str, *, unusable: AdapterErrorCode) -> AdapterFile | None:
+        """Open the regular file `name`, None if there is no such file. Raises AdapterError(`unusable`)."""
         try:
             descriptor = os.open(name, _OPEN_FILE, dir_fd=self._descriptor)
-        except FileNotFoundError as error:
-            raise AdapterError(missing, f"the adapter folder holds no {name}") from error
+        except FileNotFoundError:
+            return None
         except OSError as error:
             raise _not_opened(unusable, name, error) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

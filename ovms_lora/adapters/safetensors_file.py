@@ -9,6 +9,7 @@ hole, no overlap, nothing behind. Only the dtypes of LoRA weights are taken. Kno
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Read as a length, each of these is far above the largest header: no safetensors file starts so.
+# A header may be as long as one of these says when it is read as a number; then it begins with a brace.
 _OTHER_FORMATS = (
-    (b"PK", "a zip archive (a PyTorch pickle)"),
-    (b"\x80", "a Python pickle"),
-    (b"GGUF", "a GGUF file"),
+    (re.compile(rb"PK\x03\x04|PK\x05\x06"), "a zip archive (a PyTorch pickle)"),
+    (re.compile(rb"\x80[\x00-\x05]"), "a Python pickle"),
+    (re.compile(rb"GGUF"), "a GGUF file"),
 )
 
 
@@ -75,12 +76,13 @@ def open_safetensors(file: AdapterFile) -> SafetensorsFile:
 
     Raises AdapterError: FORMAT (another format by its first bytes), TRUNCATED, HEADER, DTYPE, SHAPE.
     """
+    first = file.read(0, min(file.size, _LENGTH_BYTES + 1))
+    if first[_LENGTH_BYTES:] != b"{":
+        _refuse_other_formats(file.name, first)
     if file.size < _LENGTH_BYTES:
         raise AdapterError(AdapterErrorCode.TRUNCATED, f"{file.name} has {file.size} bytes, fewer than any header")
-    first = file.read(0, _LENGTH_BYTES)
-    length = int.from_bytes(first, "little")
+    length = int.from_bytes(first[:_LENGTH_BYTES], "little")
     if length > _LARGEST_HEADER:
-        _refuse_other_formats(file.name, first)
         raise _header(f"the header of {file.name} claims {length} bytes, more than {_LARGEST_HEADER}")
     if length > file.size - _LENGTH_BYTES:
         raise AdapterError(AdapterErrorCode.TRUNCATED, f"{file.name} ends inside of its header")
@@ -107,7 +109,7 @@ def _place(info: TensorInfo) -> tuple[int, int]:
 
 def _refuse_other_formats(name: str, first: bytes) -> None:
     for magic, what in _OTHER_FORMATS:
-        if first.startswith(magic):
+        if magic.match(first):
             raise AdapterError(
                 AdapterErrorCode.FORMAT, f"{name} is {what}", hint="save the adapter with safe_serialization=True"
             )

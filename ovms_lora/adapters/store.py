@@ -5,7 +5,7 @@
 
 Who uses an adapter holds the object itself, so one that leaves this tier, or is replaced under its alias, lives on
 until its last request has ended. Safe from several threads; reading a folder blocks only those who want the same one.
-Knows nothing of graphs and rank rows.
+Knows nothing of graphs and tiles.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class Registered:
     max_rank: int
     paths: frozenset[str]
 
+    @classmethod
+    def of(cls, alias: str, folder: Path, adapter: Adapter, *, alpha: float, pinned: bool) -> Registered:
+        """Return the entry of an adapter that was read from `folder`."""
+        return cls(alias, folder, alpha, pinned, adapter.digest, adapter.max_rank, frozenset(adapter.layers))
+
 
 class AdapterStore:
     """Adapters for one base, kept in `dtype`."""
@@ -73,15 +78,12 @@ class AdapterStore:
             self._keep(adapter)
         return adapter
 
-    def register(self, alias: str, folder: Path, adapter: Adapter, *, alpha: float, pinned: bool) -> Registered:
+    def register(self, entry: Registered) -> None:
         """Give an adapter its alias, in place of another one that may have it."""
-        paths = frozenset(adapter.layers)
-        entry = Registered(alias, folder, alpha, pinned, adapter.digest, adapter.max_rank, paths)
         with self._lock:
-            before = self._registered.get(alias)
-            self._registered[alias] = entry
+            before = self._registered.get(entry.alias)
+            self._registered[entry.alias] = entry
             self._leave(before)
-        return entry
 
     def remove(self, alias: str) -> Registered:
         """Take an alias away. Raises UnknownAliasError when nothing has it."""
@@ -104,8 +106,16 @@ class AdapterStore:
                 adapter = self._in_host(entry.digest) or self.read(entry.folder)
             if adapter.digest != entry.digest:
                 log.warning("adapter %s has changed in its folder; its new version is used from now on", alias)
-                entry = self.register(alias, entry.folder, adapter, alpha=entry.alpha, pinned=entry.pinned)
+                entry = Registered.of(alias, entry.folder, adapter, alpha=entry.alpha, pinned=entry.pinned)
+                self.register(entry)
         return entry, adapter
+
+    def drop_unnamed(self) -> None:
+        """Let go of adapters that no alias names: they were read for something that then failed."""
+        with self._lock:
+            named = {entry.digest for entry in self._registered.values()}
+            for digest in self._host.keys() - named:
+                del self._host[digest]
 
     def _entry(self, alias: str) -> Registered:
         entry = self._registered.get(alias)

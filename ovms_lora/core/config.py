@@ -6,14 +6,20 @@ Owns the shape of config.json and its reading; knows nothing of what the folders
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from ovms_lora.core.config_fault import fault_of
 from ovms_lora.core.errors import ConfigError
 from ovms_lora.core.names import check_alias, check_model_name
+from ovms_lora.core.ovms_keys import OvmsKeys
+from ovms_lora.core.plain_file import read_text
+from ovms_lora.core.strength import MAX_STRENGTH
+from ovms_lora.core.strict_model import LocalPath, StrictModel, checked, refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,38 +45,34 @@ class EngineOptions:
     generation_config_path: str = ""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+Alias = Annotated[str, checked(check_alias)]
+ModelName = Annotated[str, checked(check_model_name)]
+Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
 
 
-Alias = Annotated[str, AfterValidator(check_alias)]
-ModelName = Annotated[str, AfterValidator(check_model_name)]
-Strength = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class LoraAdapterEntry(_Strict):
+class LoraAdapterEntry(StrictModel):
     """One runtime adapter: `alpha` multiplies the adapter's own PEFT scaling."""
 
     alias: Alias
-    path: str
+    path: LocalPath
     alpha: Strength = 1.0
 
 
-class CompositeComponent(_Strict):
+class CompositeComponent(StrictModel):
     """One part of a weighted sum of adapters; `alpha` None takes the adapter's configured alpha."""
 
     adapter_alias: Alias
     alpha: Strength | None = None
 
 
-class CompositeEntry(_Strict):
+class CompositeEntry(StrictModel):
     """An alias for a weighted sum of adapters."""
 
     alias: Alias
     components: Annotated[list[CompositeComponent], Field(min_length=1)]
 
 
-class LoraOptions(_Strict):
+class LoraOptions(StrictModel):
     """How many adapters a base model holds, and where more come from."""
 
     max_loras: Annotated[int, Field(ge=1)] = 8
@@ -79,16 +81,16 @@ class LoraOptions(_Strict):
     total_rank: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     lora_dtype: Literal["auto", "f32", "bf16"] = "auto"
     dynamic_lora_loading_path: str | None = None
-    pinned: list[Alias] = []
+    pinned: list[Alias] = Field(default_factory=list)
 
 
-class ModelEntry(_Strict):
+class ModelEntry(OvmsKeys):
     """One model of config.json; without the last three keys it is a plain OVMS entry."""
 
     name: ModelName
-    base_path: str
-    lora_adapters: list[LoraAdapterEntry] = []
-    composite_lora_adapters: list[CompositeEntry] = []
+    base_path: LocalPath
+    lora_adapters: list[LoraAdapterEntry] = Field(default_factory=list)
+    composite_lora_adapters: list[CompositeEntry] = Field(default_factory=list)
     lora_options: LoraOptions | None = None
 
     @property
@@ -96,30 +98,72 @@ class ModelEntry(_Strict):
         """Whether this model is served with runtime adapters."""
         return bool(self.lora_adapters or self.composite_lora_adapters or self.lora_options)
 
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Yield the place and the text of each name that the entry takes."""
+        yield "name", self.name
+        for at, adapter in enumerate(self.lora_adapters):
+            yield f"lora_adapters.{at}.alias", adapter.alias
+        for at, composite in enumerate(self.composite_lora_adapters):
+            yield f"composite_lora_adapters.{at}.alias", composite.alias
+
     @model_validator(mode="after")
     def _names_fit(self) -> ModelEntry:
         adapters = [entry.alias for entry in self.lora_adapters]
-        composites = [entry.alias for entry in self.composite_lora_adapters]
-        for entry in self.composite_lora_adapters:
-            for component in entry.components:
+        hint = "name an alias of lora_adapters of the same model"
+        for at, entry in enumerate(self.composite_lora_adapters):
+            for part, component in enumerate(entry.components):
                 if component.adapter_alias not in adapters:
-                    raise ConfigError(f"composite {entry.alias!r} names unknown adapter {component.adapter_alias!r}")
-        for alias in self.lora_options.pinned if self.lora_options else ():
+                    raise refusal(
+                        f"composite {entry.alias!r} names unknown adapter {component.adapter_alias!r}",
+                        hint=hint,
+                        at=f"composite_lora_adapters.{at}.components.{part}.adapter_alias",
+                    )
+        for at, alias in enumerate(self.lora_options.pinned if self.lora_options else ()):
             if alias not in adapters:
-                raise ConfigError(f"lora_options.pinned names unknown adapter {alias!r}")
-        _refuse_twice([self.name, *adapters, *composites])
+                raise refusal(
+                    f"lora_options.pinned names unknown adapter {alias!r}", hint=hint, at=f"lora_options.pinned.{at}"
+                )
+        _refuse_twice(self.names())
         return self
 
 
-class _Wrapped(_Strict):
+class _GraphEntry(ModelEntry):
+    """An entry of the list of graphs, whose folder is by default named as the graph."""
+
+    base_path: LocalPath = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_of_its_name(cls, value: Any) -> Any:
+        return {"base_path": value["name"], **value} if isinstance(value, dict) and "name" in value else value
+
+
+class _Wrapped(StrictModel):
     config: ModelEntry
 
 
-class ServerConfig(_Strict):
-    """The whole of config.json. `mediapipe_config_list` is OVMS's older list, of the same entries without `config`."""
+class _Metrics(StrictModel):
+    enable: bool | None = None
+    metrics_list: list[str] = Field(default_factory=list)
 
-    model_config_list: list[_Wrapped] = []
-    mediapipe_config_list: list[ModelEntry] = []
+
+class _Monitoring(StrictModel):
+    metrics: _Metrics = _Metrics()
+
+
+class ServerConfig(StrictModel):
+    """The whole of config.json.
+
+    `mediapipe_config_list` is OVMS's older list, of the same entries without `config`. `monitoring` is read at start;
+    its `metrics_list` has no effect: all metrics are given. The last three lists may only be empty.
+    """
+
+    model_config_list: list[_Wrapped] = Field(default_factory=list)
+    mediapipe_config_list: list[_GraphEntry] = Field(default_factory=list)
+    monitoring: _Monitoring = _Monitoring()
+    custom_loader_config_list: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
+    pipeline_config_list: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
+    custom_node_library_config_list: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
@@ -128,19 +172,17 @@ class ServerConfig(_Strict):
 
     @model_validator(mode="after")
     def _names_differ(self) -> ServerConfig:
-        names: list[str] = []
-        for model in self.models:
-            names += [model.name, *(a.alias for a in model.lora_adapters)]
-            names += [c.alias for c in model.composite_lora_adapters]
-        _refuse_twice(names)
+        listed = [(f"model_config_list.{at}.config", item.config) for at, item in enumerate(self.model_config_list)]
+        listed += [(f"mediapipe_config_list.{at}", item) for at, item in enumerate(self.mediapipe_config_list)]
+        _refuse_twice((f"{place}.{key}", name) for place, entry in listed for key, name in entry.names())
         return self
 
 
-def _refuse_twice(names: list[str]) -> None:
+def _refuse_twice(names: Iterable[tuple[str, str]]) -> None:
     seen: set[str] = set()
-    for name in names:
+    for at, name in names:
         if name in seen:
-            raise ConfigError(f"the name {name!r} is used twice", hint="models and aliases share one set of names")
+            raise refusal(f"the name {name!r} is used twice", hint="models and aliases share one set of names", at=at)
         seen.add(name)
 
 
@@ -149,31 +191,24 @@ def read_server_config(path: Path) -> ServerConfig:
 
     Raises ConfigError with the key or the position that is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read {path}: {_reason(error)}", hint="give --config_path an existing file"
-        ) from error
-    return parse_server_config(text, origin=str(path))
+    return parse_server_config(read_text(path), origin=str(path))
 
 
 def parse_server_config(text: str, *, origin: str = "config.json") -> ServerConfig:
     """Parse the text of a config.json; `origin` stands in error messages. Raises ConfigError."""
     try:
         document = json.loads(text, object_pairs_hook=_unique_keys)
-    except ValueError as error:  # JSONDecodeError, or a number of more digits than Python reads
-        raise ConfigError(f"{origin} is not valid JSON: {error}", hint="correct the file at that place") from error
     except RecursionError as error:
-        raise ConfigError(f"{origin} is nested too deeply") from error
+        raise ConfigError(f"{origin} is nested too deeply", hint="write it in the form of the examples") from error
+    except ValueError as error:  # JSONDecodeError, a key that stands twice, a number of more digits than Python reads
+        raise ConfigError(f"{origin} is not valid JSON: {error}", hint="correct the file at that place") from error
     if not isinstance(document, dict):
-        raise ConfigError(f"{origin} must hold a JSON object")
+        raise ConfigError(f"{origin} must hold a JSON object", hint='like {"model_config_list": []}')
     try:
         return ServerConfig.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise ConfigError(f"{origin}: {where}: {first['msg']}") from error
+        fault = fault_of(error)
+        raise ConfigError(f"{origin}: {fault.place}: {fault.message}", hint=fault.hint) from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -181,9 +216,5 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!a} stands twice in one object")
     return result
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -2,7 +2,9 @@
 
 OvmsLoraError                    a one-line cause, and perhaps a hint what to do
 ├── UsageError                   the command line is wrong (exit code 2)
+├── ArgumentError                the Python API got something that it cannot use; a ValueError too
 ├── ConfigError                  config.json is not usable
+│   └── ConfigUnreadableError    there is no such file, or it cannot be read
 ├── ModelFolderError             a folder is not a model that can be served
 ├── ExportError                  an export cannot be done, or failed
 ├── AdapterError                 an adapter is bad in itself; `code` says how (contract section 5)
@@ -44,8 +46,21 @@ class UsageError(OvmsLoraError):
     """The command line names something that does not exist or does not fit."""
 
 
+class ArgumentError(OvmsLoraError, ValueError):
+    """The Python API got an argument that it cannot use. Also a ValueError, which is what vLLM raises."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        if hint:
+            self.add_note(f"hint: {hint}")
+
+
 class ConfigError(OvmsLoraError):
     """config.json cannot be read or names something unusable."""
+
+
+class ConfigUnreadableError(ConfigError):
+    """config.json is not there, is no file or cannot be read."""
 
 
 class ModelFolderError(OvmsLoraError):

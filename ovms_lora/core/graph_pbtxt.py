@@ -19,15 +19,27 @@ from ovms_lora.core.graph_messages import GRAPH, LLM_OPTIONS, SYNC_SET_EXTENSION
 
 CALCULATOR: Final = "HttpLLMCalculator"
 _OPTIONS_URL: Final = f"type.googleapis.com/{LLM_OPTIONS}"
+# Ways of OVMS to compute the same answers faster, or nearly the same with less memory; here they are computed exactly.
+_WITHOUT_EFFECT: Final = (
+    *("draft_models_path", "pipeline_type", "cache_eviction_config", "sparse_attention_config"),
+    *("cache_interval_multiplier", "chat_template_mode", "block_size"),
+)
+# Of the same kind, and no properties of a device although they stand among these.
+_PIPELINE_PROPERTIES: Final = ("prompt_lookup", "ATTENTION_BACKEND")
+_JSON_HINT: Final = """write it like plugin_config: '{"KV_CACHE_PRECISION": "u8"}'"""
 _HINT: Final = "compare it with the graph.pbtxt that export_model.py writes"
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """What one graph.pbtxt says; `models_path` is relative to its folder unless absolute."""
+    """What one graph.pbtxt says; `models_path` is relative to its folder unless absolute.
+
+    `without_effect` are the options that it gives and that change nothing here.
+    """
 
     models_path: str
     options: EngineOptions
+    without_effect: tuple[str, ...] = ()
 
 
 def render_graph(options: EngineOptions, *, models_path: str = "./") -> str:
@@ -101,19 +113,22 @@ def parse_graph(text: str) -> Graph:
     message.ParseFromString(packed[0].value)
     if not message.models_path:
         raise ModelFolderError("graph.pbtxt has no models_path", hint='"./" is the folder of graph.pbtxt itself')
-    return Graph(models_path=message.models_path, options=_engine_options(message))
+    properties = _plugin_config(message.plugin_config)
+    ignored = [name for name in _WITHOUT_EFFECT if message.HasField(name)]
+    ignored += [name for name in _PIPELINE_PROPERTIES if properties.pop(name, None) is not None]
+    return Graph(message.models_path, _engine_options(message, properties), tuple(ignored))
 
 
-def _engine_options(message: Any) -> EngineOptions:
+def _engine_options(message: Any, plugin_config: dict[str, Any]) -> EngineOptions:
     pipeline = message.PipelineType.Name(message.pipeline_type) if message.HasField("pipeline_type") else "AUTO"
     if pipeline.startswith("VLM"):
         raise ModelFolderError(f"graph.pbtxt asks for pipeline_type {pipeline}", hint="only text models are served")
     for name in ("max_num_seqs", "max_num_batched_tokens", "best_of_limit"):
         if getattr(message, name) < 1:
-            raise ModelFolderError(f"graph.pbtxt: {name} must be at least 1")
+            raise ModelFolderError(f"graph.pbtxt: {name} must be at least 1", hint="remove it for OVMS's default")
     return EngineOptions(
         device=message.device or "CPU",
-        plugin_config=_plugin_config(message.plugin_config),
+        plugin_config=plugin_config,
         cache_size=message.cache_size,
         max_num_seqs=message.max_num_seqs,
         max_num_batched_tokens=message.max_num_batched_tokens,
@@ -133,10 +148,10 @@ def _plugin_config(text: str) -> dict[str, Any]:
         return {}
     try:
         properties = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ModelFolderError(f"graph.pbtxt: plugin_config is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelFolderError(f"graph.pbtxt: plugin_config is not JSON: {error}", hint=_JSON_HINT) from error
     if not isinstance(properties, dict):
-        raise ModelFolderError("graph.pbtxt: plugin_config must be a JSON object")
+        raise ModelFolderError("graph.pbtxt: plugin_config must be a JSON object", hint=_JSON_HINT)
     return properties
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from ovms_lora.core.chat_template import TemplateSource
+from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.errors import OvmsLoraError
 from ovms_lora.core.sampling_params import SamplingParams
 
@@ -23,7 +25,11 @@ class HostAdapter(Protocol):
 
     @property
     def max_rank(self) -> int:
-        """The largest rank of its modules: how many rank rows it takes."""
+        """The largest rank of its modules: what it takes of the total rank."""
+
+    @property
+    def chat_template(self) -> TemplateSource | None:
+        """The chat template that came with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,8 @@ class GenerationRequest:
     """One prompt to continue.
 
     `adapters` empty is the plain base model; several are summed: Σ αᵢ·scalingᵢ·BᵢAᵢ. `cache_salt` keeps the prefix
-    blocks of different owners apart. `deadline` is in seconds of the engine's clock.
+    blocks of different owners apart. `deadline` is in seconds of the engine's clock. `constraint` is what each of its
+    sequences must match.
     """
 
     request_id: str
@@ -56,6 +63,7 @@ class GenerationRequest:
     adapters: tuple[AdapterUse, ...] = ()
     cache_salt: str = ""
     deadline: float | None = None
+    constraint: TokenConstraint | None = None
 
 
 class FinishReason(StrEnum):
@@ -68,11 +76,15 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural log-probability of one token, with the `top` alternatives (token id, log-probability), best first."""
+    """Natural log-probability of one token, with the `top` alternatives (token id, log-probability), best first.
+
+    `rank` counts from 1 for the most probable token of the vocabulary; None where nobody has counted.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+EarlyStopping = bool | Literal["never"]
 
 _MAX_LOGPROBS = 20
 
@@ -16,7 +19,10 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 or -1 keeps every token. `max_tokens` None means until the model's length.
     `logprobs` k asks for the k best alternatives beside each chosen token; `prompt_logprobs` likewise for the prompt.
     `repetition_penalty` counts prompt and output; `presence_penalty` and `frequency_penalty` count output only, as
-    in OpenAI's formula. `beam_width` above 1 replaces sampling by beam search with `length_penalty`.
+    in OpenAI's formula.
+
+    `beam_width` above 1 replaces sampling by beam search, of which `n` are the best results: a score is divided by
+    length ** `length_penalty`, and `early_stopping` says when no better result is waited for, as in transformers.
     """
 
     n: int = 1
@@ -27,8 +33,8 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -40,16 +46,22 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     beam_width: int = 1
     length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        # None, vLLM's default for these, says the same as nothing.
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", self.logit_bias or {})
         self._check()
 
     def _check(self) -> None:
-        finite = (self.temperature, self.top_p, self.min_p, self.presence_penalty, self.frequency_penalty)
+        finite = (
+            *(self.temperature, self.top_p, self.min_p, self.presence_penalty, self.frequency_penalty),
+            self.length_penalty,
+        )
         rules = (
             (self.n >= 1, f"n must be at least 1, got {self.n}."),
             (all(math.isfinite(value) for value in finite), "sampling values must be finite numbers."),
@@ -84,6 +96,10 @@ class SamplingParams:
                 f"prompt_logprobs must be between 0 and {_MAX_LOGPROBS}, got {self.prompt_logprobs}.",
             ),
             (self.beam_width >= 1, f"beam_width must be at least 1, got {self.beam_width}."),
+            (
+                self.beam_width == 1 or self.n <= self.beam_width,
+                f"n must be less than or equal to beam_width={self.beam_width}, got {self.n}.",
+            ),
         )
         for holds, message in rules:
             if not holds:

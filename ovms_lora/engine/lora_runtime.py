@@ -1,25 +1,21 @@
 """LoraRuntime: the runtime adapters of one served base, from aliases to strengths in a request.
 
-Joins the store (aliases, host memory), the engine's residency (tiles) and the graph, which it has compiled anew in the
-background when an adapter needs linears that the present one lacks. Loading happens in the caller's thread; only the
-switch to another graph happens between two steps.
+Joins the store (aliases, host memory) and the graphs with their residency. Loading happens in the caller's thread.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
 from ovms_lora.adapters.adapter import Adapter
 from ovms_lora.adapters.store import AdapterStore, Registered
-from ovms_lora.core.config import LoraOptions
 from ovms_lora.core.errors import (
     AdapterError,
-    AdapterErrorCode,
     AdapterExistsError,
     AdapterUnavailableError,
     ConfigError,
@@ -30,81 +26,36 @@ from ovms_lora.core.errors import (
 )
 from ovms_lora.core.names import check_alias
 from ovms_lora.core.request import AdapterUse
-from ovms_lora.engine.engine import Engine
-from ovms_lora.engine.graph_source import CompiledGraph, GraphSource, LoraTargets
+from ovms_lora.engine.adapter_templates import AdapterTemplates
+from ovms_lora.engine.chat import ChatTemplate
+from ovms_lora.engine.graph_source import CompiledGraph, GraphSource
+from ovms_lora.engine.lora_config import AdapterCard, AdapterSpec, CompositeSpec, LoraConfig
+from ovms_lora.engine.lora_graphs import LoraGraphs
 from ovms_lora.engine.lora_states import host_dtype
-from ovms_lora.engine.residency import LoraResidency
-from ovms_lora.engine.runner import OpenVinoRunner
 
 log = logging.getLogger(__name__)
-
-# The widths that a tile may have: the device's matrix kernels work in steps of 16.
-_TILE_WIDTHS = (16, 32, 64, 128, 256)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """An adapter as it is wanted: `alpha` multiplies its own PEFT scaling; a pinned one stays resident."""
-
-    alias: str
-    folder: Path
-    alpha: float = 1.0
-    pinned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class CompositeSpec:
-    """A weighted sum of adapters under one alias; a strength of None is the adapter's own `alpha`."""
-
-    alias: str
-    components: tuple[tuple[str, float | None], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LoraConfig:
-    """All that config.json or the command line says of one base's runtime adapters."""
-
-    options: LoraOptions = field(default_factory=LoraOptions)
-    adapters: tuple[AdapterSpec, ...] = ()
-    composites: tuple[CompositeSpec, ...] = ()
-    loading_path: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterCard:
-    """What is shown of an adapter or, with `components`, of a composite."""
-
-    alias: str
-    root: str
-    digest: str = ""
-    rank: int = 0
-    pinned: bool = False
-    resident: bool = False
-    components: tuple[str, ...] = ()
 
 
 class LoraRuntime:
     """Thread-safe. Methods that read files or compile block for that long, and are not for an event loop."""
 
-    def __init__(self, graphs: GraphSource, config: LoraConfig) -> None:
+    def __init__(self, source: GraphSource, config: LoraConfig) -> None:
         options = config.options
-        self._graphs = graphs
         self._options = options
-        self._loading_path = config.loading_path
-        self._dtype = graphs.inference_dtype if options.lora_dtype == "auto" else options.lora_dtype
+        self._config = config
+        self._by_clients: dict[str, AdapterSpec] = {}
+        self._dtype = source.inference_dtype if options.lora_dtype == "auto" else options.lora_dtype
         self.store = AdapterStore(
-            graphs.linears,
+            source.linears,
             max_lora_rank=options.max_lora_rank,
             max_cpu_loras=options.max_cpu_loras,
             dtype=host_dtype(self._dtype),
         )
+        self._templates = AdapterTemplates()
         self._composites: dict[str, CompositeSpec] = {}
         self._failures: dict[str, OvmsLoraError] = {}
         self._changing = threading.RLock()
-        self._targets = LoraTargets(frozenset(), _TILE_WIDTHS[0], self._dtype, sums=False)
-        self._engine: Engine | None = None
-        self._runner: OpenVinoRunner | None = None
-        self.residency: LoraResidency | None = None
+        self.graphs = LoraGraphs(source, options, self._dtype)
         self._register_all(config)
 
     @property
@@ -113,31 +64,22 @@ class LoraRuntime:
         return MappingProxyType(self._failures)
 
     @property
+    def by_clients(self) -> tuple[AdapterSpec, ...]:
+        """The adapters that `load` has brought and nothing has removed: no configuration names them so."""
+        return tuple(self._by_clients.values())
+
+    @property
     def dtype(self) -> str:
         """The type of the states: "f32" or "bf16"."""
         return self._dtype
 
     def compile(self) -> CompiledGraph:
         """Compile the first graph, for the adapters that are registered by now."""
-        registered = self.store.registered.values()
-        ranks = [entry.max_rank for entry in registered]
-        paths = frozenset().union(*(entry.paths for entry in registered))
-        width = _tile_width(ranks)
-        sums = bool(self._composites) or any(rank > width for rank in ranks)
-        self._targets = LoraTargets(paths, width, self._dtype, sums)
-        graph = self._graphs.compile(self._targets)
-        rank = self._needed_rank(ranks)
-        self.residency = LoraResidency(graph.states, total_rank=rank, max_loras=self._options.max_loras)
-        self._pin()
-        return graph
-
-    def attach(self, engine: Engine, runner: OpenVinoRunner) -> None:
-        """Name the engine whose graph is to follow what is loaded from now on."""
-        self._engine, self._runner = engine, runner
+        return self.graphs.compile(self.store.registered.values(), sums=bool(self._composites))
 
     def cards(self) -> tuple[AdapterCard, ...]:
         """Return what is loaded now: adapters, then composites."""
-        resident = set(self.residency.resident) if self.residency else set()
+        resident = set(self.graphs.resident)
         adapters = [
             AdapterCard(e.alias, str(e.folder), e.digest, e.max_rank, e.pinned, e.digest in resident)
             for e in self.store.registered.values()
@@ -162,6 +104,11 @@ class LoraRuntime:
         Raises AdapterExistsError when the alias is taken and `replace` is off, AdapterError, AdapterNotFoundError, or
         ConfigError for an alias that is not allowed.
         """
+        with self._changing:
+            self._add(spec, replace=replace)
+            self._by_clients[spec.alias] = spec
+
+    def _add(self, spec: AdapterSpec, *, replace: bool = False) -> None:
         check_alias(spec.alias)
         with self._changing:
             if spec.alias in self._composites or (spec.alias in self.store.registered and not replace):
@@ -170,12 +117,12 @@ class LoraRuntime:
                     "If you want to load the adapter in place, set 'load_inplace' to True."
                 )
             before = self.store.registered.get(spec.alias)
-            adapter = self.store.read(spec.folder)
-            self._cover(adapter)
-            self.store.register(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
-            self._pin()
-            if before and before.digest != adapter.digest:
-                self._sweep()
+            with self._reading():
+                entry = self._read(spec)
+                self.graphs.cover([*self.store.registered.values(), entry])
+                self.store.register(entry)
+            self._failures.pop(spec.alias, None)
+            self._follow(sweep=before is not None and before.digest != entry.digest)
 
     def unload(self, alias: str) -> None:
         """Take an adapter away; requests that use it run to their end with it.
@@ -185,29 +132,58 @@ class LoraRuntime:
         with self._changing:
             for composite in self._composites.values():
                 if alias in (component for component, _ in composite.components):
-                    raise ConfigError(f"adapter {alias!r} is part of composite {composite.alias!r}")
+                    raise ConfigError(
+                        f"adapter {alias!r} is part of composite {composite.alias!r}", hint="remove that first"
+                    )
             self.store.remove(alias)
-            self._pin()
-            self._sweep()
+            self._by_clients.pop(alias, None)
+            self._failures.pop(alias, None)
+            self._follow()
 
     def apply(self, config: LoraConfig) -> None:
-        """Make adapters and composites what `config` says; adapters that it does not name are removed.
+        """Make the configured adapters and composites what `config` says.
 
-        All of it is read and checked before anything changes. Raises AdapterError, AdapterNotFoundError or ConfigError.
+        What clients have loaded stays, but where the configuration of the same alias has changed. All is read and
+        checked before anything changes. Raises AdapterError, AdapterNotFoundError or ConfigError.
         """
         with self._changing:
-            read = {spec.alias: self.store.read(spec.folder) for spec in config.adapters}
-            for adapter in read.values():
-                self._cover(adapter)
-            before = self.store.registered
+            loaded = self._untouched_by(config)
+            with self._reading():
+                entries = [self._read_named(spec) for spec in config.adapters if spec.alias not in loaded]
+                self.graphs.cover([*self.store.registered.values(), *entries], sums=bool(config.composites))
+                for entry in entries:
+                    self.store.register(entry)
+            kept = {entry.alias for entry in entries} | loaded.keys()
+            if config.loading_path == self._config.loading_path:
+                kept |= self._found_on_path()
+            # In this order: at no time does a composite that can be asked for lack an adapter.
             self._composites = {composite.alias: composite for composite in config.composites}
-            for spec in config.adapters:
-                self.store.register(spec.alias, spec.folder, read[spec.alias], alpha=spec.alpha, pinned=spec.pinned)
-            for alias in before.keys() - read.keys():
+            for alias in self.store.registered.keys() - kept:
                 self.store.remove(alias)
+            self._config, self._by_clients = config, loaded
             self._failures.clear()
-            self._pin()
-            self._sweep()
+            self._follow()
+
+    def _read_named(self, spec: AdapterSpec) -> Registered:
+        try:
+            return self._read(spec)
+        except AdapterError as error:
+            raise AdapterError(error.code, f"adapter {spec.alias!r}: {error.message}", hint=error.hint) from error
+
+    def _untouched_by(self, config: LoraConfig) -> dict[str, AdapterSpec]:
+        """Return what clients have loaded and another configuration leaves alone. Raises ConfigError."""
+        before, after = ({spec.alias: spec for spec in each.adapters} for each in (self._config, config))
+        loaded = {alias: spec for alias, spec in self._by_clients.items() if before.get(alias) == after.get(alias)}
+        for composite in config.composites:
+            if composite.alias in loaded:
+                raise ConfigError(
+                    f"the name {composite.alias!r} is that of an adapter that is loaded", hint="unload it first"
+                )
+        return loaded
+
+    def _found_on_path(self) -> set[str]:
+        configured = {spec.alias for spec in self._config.adapters}
+        return self.store.registered.keys() - configured - self._by_clients.keys()
 
     def select(self, name: str, strengths: Mapping[str, float] | None = None) -> tuple[AdapterUse, ...]:
         """Return what an adapter's or composite's name stands for, with strengths overridden by alias.
@@ -239,21 +215,49 @@ class LoraRuntime:
             entry, adapter = self._get(alias)
             uses.append(AdapterUse(adapter, entry.alpha if alpha is None else alpha))
         self._check_fits(uses)
-        if len({use.digest for use in uses}) > 1 and not self._targets.sums:
+        if len({use.digest for use in uses}) > 1:
             with self._changing:
-                self._switch(replace(self._targets, sums=True))
+                self.graphs.allow_sums()
         return tuple(uses)
+
+    def chat_template(self, uses: Sequence[AdapterUse]) -> ChatTemplate | None:
+        """Return the chat template that comes with the adapters of a request: that of a single one, if it has one.
+
+        Raises AdapterUnavailableError for one that is no template.
+        """
+        if len(uses) != 1:
+            return None
+        try:
+            return self._templates.of(uses[0].adapter)
+        except AdapterError as error:
+            raise AdapterUnavailableError(error) from error
 
     def _register_all(self, config: LoraConfig) -> None:
         for spec in config.adapters:
             try:
-                adapter = self.store.read(spec.folder)
+                with self._reading():
+                    self.store.register(self._read(spec))
             except OvmsLoraError as error:
-                self._failures[spec.alias] = error
+                # Its traceback, and that of what caused it, would keep the tensors that were read.
+                error.__cause__ = error.__context__ = None
+                self._failures[spec.alias] = error.with_traceback(None)
                 log.error("adapter %s cannot be loaded: %s", spec.alias, error.message)
-                continue
-            self.store.register(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
         self._composites = {composite.alias: composite for composite in config.composites}
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep in host memory what has an alias at the end; a failure within leaves nothing behind."""
+        try:
+            yield
+        finally:
+            self.store.drop_unnamed()
+
+    def _read(self, spec: AdapterSpec) -> Registered:
+        """Read and check an adapter. Its tensors are left to the store, which keeps as many as it may."""
+        adapter = self.store.read(spec.folder)
+        self._templates.of(adapter)
+        self.graphs.check_rank(adapter.max_rank)
+        return Registered.of(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
 
     def _get(self, alias: str) -> tuple[Registered, Adapter]:
         try:
@@ -265,7 +269,7 @@ class LoraRuntime:
             with self._changing:
                 folder = self._found(alias)
                 if alias not in self.store.registered and folder:
-                    self.load(AdapterSpec(alias, folder))
+                    self._add(AdapterSpec(alias, folder))
             return self._in_host(alias)
         except UnknownAliasError as error:
             raise ModelNotFoundError(alias) from error
@@ -276,22 +280,22 @@ class LoraRuntime:
         """Get an adapter from the store; one that has changed in its folder may need another graph."""
         before = self.store.registered.get(alias)
         entry, adapter = self.store.get(alias)
-        same = before is not None and before.digest == entry.digest
-        if not (same and self._targets.paths >= adapter.layers.keys()):
+        self._templates.of(adapter)
+        self.graphs.check_rank(entry.max_rank)
+        if before is None or before.digest != entry.digest or not self.graphs.covers(entry):
             with self._changing:
-                self._cover(adapter)
-                self._pin()
-                self._sweep()
+                self.graphs.cover(self.store.registered.values())
+                self._follow()
         return entry, adapter
 
     def _found(self, name: str) -> Path | None:
-        if self._loading_path is None:
+        if self._config.loading_path is None:
             return None
         try:
             check_alias(name)
         except ConfigError:
             return None
-        folder = self._loading_path / name
+        folder = self._config.loading_path / name
         return folder if (folder / "adapter_config.json").is_file() else None
 
     def _check_fits(self, uses: Sequence[AdapterUse]) -> None:
@@ -303,65 +307,12 @@ class LoraRuntime:
                 f"{len(together)} adapters at once (pinned ones included) exceed max_loras {self._options.max_loras}"
             )
             raise InvalidFieldError(message, param="lora")
-        assert self.residency, "compiled before anything is selected"
-        if sum(together.values()) > self.residency.total_rank:
-            message = f"rank {sum(together.values())} in one request exceeds the total rank {self.residency.total_rank}"
-            raise InvalidFieldError(message, param="lora")
+        rank, total_rank = sum(together.values()), self.graphs.residency.total_rank
+        if rank > total_rank:
+            raise InvalidFieldError(f"rank {rank} in one request exceeds the total rank {total_rank}", param="lora")
 
-    def _needed_rank(self, ranks: Iterable[int]) -> int:
-        if self._options.total_rank != "auto":
-            return self._options.total_rank
-        return sum(sorted(ranks, reverse=True)[: self._options.max_loras])
-
-    def _cover(self, adapter: Adapter) -> None:
-        """See that the graph has the adapter's linears, compiling another if not, and residency room for its rank."""
-        if self._options.total_rank != "auto" and adapter.max_rank > self._options.total_rank:
-            raise AdapterError(
-                AdapterErrorCode.RANK,
-                f"LoRA rank {adapter.max_rank} is greater than total_rank {self._options.total_rank}.",
-            )
-        ranks = {entry.digest: entry.max_rank for entry in self.store.registered.values()}
-        ranks[adapter.digest] = adapter.max_rank
-        self._allow_rank(self._needed_rank(ranks.values()))
-        targets, paths = self._targets, self._targets.paths | adapter.layers.keys()
-        width = _tile_width(ranks.values()) if paths != targets.paths else targets.width
-        sums = targets.sums or bool(self._composites) or any(rank > width for rank in ranks.values())
-        self._switch(LoraTargets(paths, width, self._dtype, sums))
-
-    def _allow_rank(self, total_rank: int) -> None:
-        if self.residency and total_rank > self.residency.total_rank:
-            self.residency.total_rank = total_rank
-
-    def _switch(self, targets: LoraTargets) -> None:
-        """Compile a graph for these targets and go on with it, unless it is the present one."""
-        if targets == self._targets or self._engine is None:
-            return
-        log.info("compiling a graph for %d linears", len(targets.paths))
-        graph = self._graphs.compile(targets)
-        self._engine.call(lambda: self._adopt(graph, targets))
-
-    def _adopt(self, graph: CompiledGraph, targets: LoraTargets) -> None:
-        assert self._runner and self.residency and graph.states, "attached, and compiled with states"
-        self._runner.adopt(graph, keep_plain=self._graphs.affords_plain)
-        self.residency.move(graph.states)
-        self._targets = targets
-
-    def _pin(self) -> None:
-        """Tell the residency which adapters have an alias, and which of them stay."""
-        registered = self.store.registered.values()
-        if self.residency:
-            self.residency.name({entry.digest for entry in registered})
-            self.residency.pin({entry.digest for entry in registered if entry.pinned})
-
-    def _sweep(self) -> None:
-        """Free the tiles of adapters that no alias names any more, as far as they are idle."""
-        if self._engine and self.residency:
-            self._engine.call(self.residency.sweep)
-
-
-def _tile_width(ranks: Iterable[int]) -> int:
-    """Return the width at which adapters of these ranks take least memory; of equal ones the widest, for few tiles."""
-    known = tuple(ranks)
-    if not known:
-        return _TILE_WIDTHS[0]
-    return min(_TILE_WIDTHS, key=lambda width: (sum(-(-rank // width) * width for rank in known), -width))
+    def _follow(self, *, sweep: bool = True) -> None:
+        """Tell the residency what has an alias now; with `sweep` it gives up what has none."""
+        self.graphs.name(self.store.registered.values())
+        if sweep:
+            self.graphs.sweep()

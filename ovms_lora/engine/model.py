@@ -6,7 +6,8 @@ The one place that reads a model folder: graph.pbtxt, config.json, generation_co
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,21 @@ from typing import Any
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph
+from ovms_lora.core.request import AdapterUse
+from ovms_lora.core.sampling_params import EarlyStopping
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.graph_source import GraphSource
-from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
+from ovms_lora.engine.lora_config import LoraConfig
+from ovms_lora.engine.lora_runtime import LoraRuntime
+from ovms_lora.engine.output_parsers.formats import check_parser_names
 from ovms_lora.engine.runner import OpenVinoRunner
+from ovms_lora.engine.structured import ConstraintCompiler
 from ovms_lora.engine.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
+GRAPH_NAME = "graph.pbtxt"
 _DEFAULT_MAX_LEN = 2048
 
 
@@ -33,6 +42,8 @@ class GenerationDefaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    length_penalty: float | None = None
+    early_stopping: EarlyStopping | None = None
     max_new_tokens: int | None = None
     do_sample: bool | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -48,27 +59,42 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     generation_defaults: GenerationDefaults
     options: EngineOptions
+    constraints: ConstraintCompiler
     lora: LoraRuntime | None = None
+
+    def chat_template_for(self, adapters: Sequence[AdapterUse]) -> ChatTemplate | None:
+        """Return the template for a request: its adapter's own, else the model's, None without either.
+
+        A sum of several adapters speaks as the model does. Raises AdapterUnavailableError.
+        """
+        own = self.lora.chat_template(adapters) if self.lora else None
+        return own or self.chat_template
 
 
 def load_model(
     folder: Path,
     *,
     deliver: Deliver,
+    graph_path: str | None = None,
+    device: str | None = None,
     plugin_config: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     lora: LoraConfig | None = None,
 ) -> LoadedModel:
     """Load a model folder and start its engine; takes seconds.
 
-    `plugin_config` is laid over that of graph.pbtxt. With `lora` the model takes runtime adapters; those that cannot be
-    loaded are left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the folder cannot be served.
+    `graph_path` is relative to the folder; `device` and `plugin_config` are laid over what the graph says, `overrides`
+    replace other EngineOptions of it. With `lora` the model takes runtime adapters; those that cannot be loaded are
+    left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the folder cannot be served.
     """
-    folder, options = read_options(folder)
-    options = replace(options, plugin_config={**options.plugin_config, **(plugin_config or {})})
+    folder, options = read_options(folder, graph_path)
+    properties = {**options.plugin_config, **(plugin_config or {})}
+    options = replace(options, **(overrides or {}), device=device or options.device, plugin_config=properties)
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder, options.generation_config_path)
     max_model_len = read_max_model_len(folder)
+    constraints = ConstraintCompiler(tokenizer, defaults.eos_token_ids)
     graphs = GraphSource(folder, options)
     runtime = LoraRuntime(graphs, lora) if lora else None
     graph = runtime.compile() if runtime else graphs.compile()
@@ -81,26 +107,40 @@ def load_model(
         deliver=deliver,
         max_model_len=max_model_len,
         eos_token_ids=defaults.eos_token_ids,
-        residency=runtime.residency if runtime else None,
+        residency=runtime.graphs.residency if runtime else None,
     )
     if runtime:
-        runtime.attach(engine, runner)
+        runtime.graphs.attach(engine, runner)
     engine.start()
-    return LoadedModel(folder, engine, tokenizer, template, defaults, options, runtime)
+    return LoadedModel(folder, engine, tokenizer, template, defaults, options, constraints, runtime)
 
 
-def read_options(folder: Path) -> tuple[Path, EngineOptions]:
-    """Return the folder that holds the IR, and the options of graph.pbtxt where there is one."""
+def read_options(folder: Path, graph_path: str | None = None) -> tuple[Path, EngineOptions]:
+    """Return the folder that holds the IR, and the options of the graph where there is one.
+
+    `graph_path` is relative to the folder and has to exist; the default, graph.pbtxt, need not. `models_path` of the
+    graph is relative to the folder, as in OVMS, wherever the graph is. Raises ModelFolderError.
+    """
     if not folder.is_dir():
         raise ModelFolderError(f"{folder} is not a folder", hint="check base_path or --model_path")
-    path = folder / "graph.pbtxt"
+    path = folder / (graph_path or GRAPH_NAME)
     if not path.is_file():
+        if graph_path is not None:
+            raise ModelFolderError(f"{path} is not a file", hint="correct graph_path in config.json")
         return folder, EngineOptions()
     try:
         graph = parse_graph(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelFolderError(f"cannot read {path}: {error}") from error
-    return (folder / graph.models_path).resolve(), graph.options
+        raise ModelFolderError(f"cannot read {path}: {error}", hint="export the model again") from error
+    check_parser_names(graph.options.tool_parser, graph.options.reasoning_parser)
+    if graph.without_effect:
+        log.info("%s: without effect here: %s", path, ", ".join(graph.without_effect))
+    models = (folder / graph.models_path).resolve()
+    if not models.is_dir():
+        raise ModelFolderError(
+            f"models_path {graph.models_path!r} of {path} is not a folder", hint="it is relative to base_path"
+        )
+    return models, graph.options
 
 
 def read_generation_defaults(folder: Path, path: str = "") -> GenerationDefaults:
@@ -119,6 +159,8 @@ def read_generation_defaults(folder: Path, path: str = "") -> GenerationDefaults
         top_k=_integer(values, "top_k"),
         min_p=_number(values, "min_p"),
         repetition_penalty=_number(values, "repetition_penalty"),
+        length_penalty=_number(values, "length_penalty"),
+        early_stopping=_early_stopping(values.get("early_stopping")),
         max_new_tokens=_integer(values, "max_new_tokens"),
         do_sample=values.get("do_sample") if isinstance(values.get("do_sample"), bool) else None,
         eos_token_ids=tuple(token for token in eos_ids if isinstance(token, int)),
@@ -147,6 +189,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFolderError(f"{path} does not hold a JSON object", hint="export the model again")
     return value
+
+
+def _early_stopping(value: object) -> EarlyStopping | None:
+    if isinstance(value, bool):
+        return value
+    return "never" if value == "never" else None
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:

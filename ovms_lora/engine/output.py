@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ovms_lora.core.errors import OvmsLoraError
-from ovms_lora.core.request import FinishReason, SequenceOutput, TokenLogprob
+from ovms_lora.core.request import FinishReason, GenerationRequest, SequenceOutput, TokenLogprob
 from ovms_lora.engine.sampler import FloatArray, Sampled, token_logprob
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.engine.sequence import Sequence
@@ -50,6 +51,11 @@ class OutputProcessor:
         stops = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output)
         self._texts[sequence] = _Text(detokenizer, stops)
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let a sequence go on from the text of another."""
+        text = self._texts[parent]
+        self._texts[child] = replace(text, detokenizer=text.detokenizer.fork(), stops=copy.copy(text.stops))
+
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence."""
         self._texts.pop(sequence, None)
@@ -84,6 +90,17 @@ class OutputProcessor:
                 piece += text.stops.flush()
         return self._output(sequence, piece, sampled, ending)
 
+    def most_tokens(self, request: GenerationRequest) -> int:
+        """Return how many tokens may follow the request's prompt."""
+        room = self._max_model_len - len(request.prompt_token_ids)
+        wanted = request.sampling.max_tokens
+        return room if wanted is None else min(room, wanted)
+
+    def ending_tokens(self, request: GenerationRequest) -> frozenset[int]:
+        """Return the tokens that end a sequence of the request."""
+        sampling = request.sampling
+        return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
+
     def without_tokens(self, sequence: Sequence) -> SequenceOutput:
         """End a sequence that only wanted its prompt computed (`max_tokens` 0)."""
         return self._output(sequence, "", None, _Ending(FinishReason.LENGTH))
@@ -110,6 +127,9 @@ class OutputProcessor:
 
     def _ending(self, sequence: Sequence, token_id: int) -> _Ending:
         sampling = sequence.request.sampling
+        matcher = sequence.matcher
+        if matcher is not None and matcher.finished:
+            return _Ending(FinishReason.STOP, hides_token=token_id in self._eos)
         if sequence.num_output >= sampling.min_tokens:
             if token_id in self._eos and not sampling.ignore_eos:
                 return _Ending(FinishReason.STOP, hides_token=True)

@@ -15,6 +15,7 @@ import openvino as ov
 
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import EngineError, ModelFolderError
+from ovms_lora.engine.block_tables import BlockCopy
 from ovms_lora.engine.bound_graph import BoundGraph
 from ovms_lora.engine.graph_source import CompiledGraph
 from ovms_lora.engine.memory import available_memory
@@ -29,11 +30,15 @@ _GIB = 1 << 30
 
 
 class ModelRunner(Protocol):
-    """What the engine needs of a device."""
+    """What the engine needs of a device. `copies_blocks` tells whether `copy_blocks` may be called."""
 
     vocab_size: int
     block_size: int
     num_blocks: int
+    copies_blocks: bool
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks of the KV cache, one after another."""
 
     def run(self, chunks: Sequence[Chunk]) -> FloatArray:
         """Compute the chunks; return logits [rows, vocab_size], each chunk's `num_sampled` rows in order.
@@ -48,6 +53,8 @@ class OpenVinoRunner:
     With a plain graph beside one with LoRA, steps in which no row uses an adapter run on the plain one.
     """
 
+    copies_blocks = True  # the caches are host tensors
+
     def __init__(
         self, graph: CompiledGraph, options: EngineOptions, *, max_model_len: int, plain: CompiledGraph | None = None
     ) -> None:
@@ -57,6 +64,8 @@ class OpenVinoRunner:
         wanted = -(-max_model_len // self.block_size) * options.max_num_seqs
         self.num_blocks = _count_blocks(caches, options.cache_size, wanted)
         self._cache = {port.any_name: _cache_tensor(port, self.num_blocks) for port in caches}
+        # Rows of bytes, whatever type and layout the device has chosen for a block.
+        self._blocks = [tensor.data.reshape(self.num_blocks, -1).view(np.uint8) for tensor in self._cache.values()]
         self._graph = BoundGraph(graph, self._cache)
         self._plain = BoundGraph(plain, self._cache) if plain else None
 
@@ -68,6 +77,12 @@ class OpenVinoRunner:
         if self._graph.states is None:
             self._plain = self._graph if keep_plain else None
         self._graph = BoundGraph(graph, self._cache)
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks; see ModelRunner."""
+        for copy in copies:
+            for blocks in self._blocks:
+                blocks[copy.target] = blocks[copy.source]
 
     def run(self, chunks: Sequence[Chunk]) -> FloatArray:
         """Compute one step; see ModelRunner."""

@@ -1,7 +1,8 @@
 """Sampler: chooses the next token of each sequence from its row of logits, and gives log-probabilities.
 
-The order is: penalties and biases, temperature, top_k, top_p, min_p, one random number. Log-probabilities are those of
-the model itself, before any of these. A row's choice depends on that row and its sequence's own random numbers only.
+The order is: penalties and biases, what the constraint allows, temperature, top_k, top_p, min_p, one random number.
+Log-probabilities are those of the model itself, before any of these. A row's choice depends on that row, its
+sequence's own random numbers and its own matcher only.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Sampler:
     def sample(self, logits: FloatArray, sequences: Sequence[engine_sequence.Sequence]) -> list[Sampled | None]:
         """Return one choice per row; `logits` is [rows, vocabulary] and stays as it is.
 
-        None stands for a row of which nothing can be chosen: it holds NaN or +inf, or every token is forbidden.
+        None stands for a row of which nothing can be chosen: it holds NaN or +inf, or every token is forbidden. The
+        matcher of a constrained sequence goes on with the choice.
         """
         best = logits.argmax(axis=1)
         chosen: list[Sampled | None] = []
@@ -50,9 +52,18 @@ class Sampler:
             if token is None:
                 chosen.append(None)
                 continue
+            if sequence.matcher is not None:
+                sequence.matcher.accept(token)
             wanted = sequence.request.sampling.logprobs
             chosen.append(Sampled(token, None if wanted is None else token_logprob(row, token, wanted)))
         return chosen
+
+    def adjusted(self, row: FloatArray, sequence: engine_sequence.Sequence) -> FloatArray | None:
+        """Return a row with penalties, biases and forbidden tokens applied; None where nothing of it can be chosen."""
+        if not np.isfinite(row.max()):
+            return None
+        row = self._adjusted(row, sequence) if _adjusts(sequence) else row
+        return row if np.isfinite(row.max()) else None
 
     def _choose(self, row: FloatArray, sequence: engine_sequence.Sequence, best: int) -> int | None:
         sampling = sequence.request.sampling
@@ -82,9 +93,27 @@ class Sampler:
             row[seen] -= counts * np.float32(sampling.frequency_penalty) + np.float32(sampling.presence_penalty)
         for token, bias in sampling.logit_bias.items():
             row[token] += np.float32(min(max(bias, -_HIGHEST), _HIGHEST))
-        if sequence.num_output < sampling.min_tokens:
-            row[[*self._eos, *sampling.stop_token_ids]] = -np.inf
+        if sequence.matcher is not None:
+            row[~sequence.matcher.allowed(len(row))] = -np.inf
+        self._hold_back_ends(row, sequence)
         return row
+
+    def _hold_back_ends(self, row: FloatArray, sequence: engine_sequence.Sequence) -> None:
+        """Forbid the tokens that would end the sequence too early.
+
+        A constraint that allows nothing else wins. It would take an EOS that is ignored for the end of the text.
+        """
+        sampling, constrained = sequence.request.sampling, sequence.matcher is not None
+        if sequence.num_output < sampling.min_tokens:
+            ends = [*self._eos, *sampling.stop_token_ids]
+        elif constrained and sampling.ignore_eos:
+            ends = [*self._eos]
+        else:
+            return
+        before = row[ends]
+        row[ends] = -np.inf
+        if constrained and row.max() == -np.inf:
+            row[ends] = before
 
 
 def _adjusts(sequence: engine_sequence.Sequence) -> bool:
@@ -95,6 +124,7 @@ def _adjusts(sequence: engine_sequence.Sequence) -> bool:
         or sampling.frequency_penalty
         or sampling.logit_bias
         or sequence.num_output < sampling.min_tokens
+        or sequence.matcher is not None
     )
 
 
@@ -155,8 +185,10 @@ def top_indices(row: FloatArray, count: int) -> IntArray:
 
 
 def token_logprob(row: FloatArray, token_id: int, top: int) -> TokenLogprob:
-    """Return the natural log-probability of a token under one row of logits, and of the `top` best tokens."""
+    """Return the natural log-probability of a token under one row of logits, its rank, and the `top` best tokens."""
     shift = float(row.max())
     norm = shift + float(np.log(np.exp(row - np.float32(shift)).sum(dtype=np.float64)))
     best = top_indices(row, top) if top else ()
-    return TokenLogprob(token_id, float(row[token_id]) - norm, tuple((int(i), float(row[i]) - norm) for i in best))
+    alternatives = tuple((int(i), float(row[i]) - norm) for i in best)
+    rank = 1 + int(np.count_nonzero(row > row[token_id]))
+    return TokenLogprob(token_id, float(row[token_id]) - norm, alternatives, rank)

@@ -2,20 +2,23 @@
 
     waiting  ──admit (oldest first, all blocks of its known tokens)──►  running
     running  ──preempt (youngest first, when no block is left)──────►  front of waiting
+    parents  ──replace (beam search: each may have several children)─►  running, or waiting where there is no room
 
 A step holds at most `max_num_batched_tokens` tokens: first one for each sequence that decodes, then prefill chunks of
-running sequences, then of newly admitted ones. Knows blocks and counts; knows neither tensors nor texts.
+running sequences, then of newly admitted ones. Which blocks a sequence has is `block_tables`' business; tensors and
+texts are not known here.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ovms_lora.engine.block_pool import BlockPool
-from ovms_lora.engine.sequence import Sequence, SequenceStatus
+from ovms_lora.engine.block_tables import BlockCopy, BlockTables
+from ovms_lora.engine.sequence import Fork, Sequence, SequenceStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +80,27 @@ class SchedulerLimits:
 class Scheduler:
     """Continuous batching over one block pool."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits, residency: Residency | None = None) -> None:
-        self.pool = pool
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: SchedulerLimits,
+        residency: Residency | None = None,
+        *,
+        copies_blocks: bool = True,
+    ) -> None:
+        self.blocks = BlockTables(pool, prefix_caching=limits.prefix_caching, copies_blocks=copies_blocks)
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
         self._residency = residency or NoAdapters()
         self._arrivals = 0
+        self._waiting_of: Counter[str] = Counter()  # how many sequences of each request wait
+
+    @property
+    def num_waiting_requests(self) -> int:
+        """How many requests have a sequence that waits; from any thread."""
+        return len(self._waiting_of)
 
     @property
     def has_work(self) -> bool:
@@ -95,31 +109,35 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue. It must fit into the pool when it is alone."""
-        assert self.pool.blocks_for(sequence.num_tokens) <= self.pool.num_blocks, "the engine refuses such prompts"
+        pool = self.blocks.pool
+        assert pool.blocks_for(sequence.num_tokens) <= pool.num_blocks, "the engine refuses such prompts"
         sequence.arrival = self._arrivals
         self._arrivals += 1
+        self._waiting_of[sequence.request.request_id] += 1
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """Plan one step; empty only when nothing can run."""
+        """Plan one step, with the copies of blocks that come before it; empty only when nothing can run."""
         chunks: list[Chunk] = []
+        self.blocks.copies.clear()
         budget = self._continue_running(chunks, self.limits.max_num_batched_tokens)
         self._admit(chunks, budget)
+        while not chunks and (parked := [sequence for sequence in self.running if sequence.parked]):
+            # What they hold is all that those need for whom they wait.
+            self._preempt(_youngest(parked), chunks)
+            self._admit(chunks, self.limits.max_num_batched_tokens)
         return chunks
+
+    @property
+    def copies(self) -> list[BlockCopy]:
+        """The copies of blocks to make, in this order, before the planned step runs."""
+        return self.blocks.copies
 
     def computed(self, chunks: Iterable[Chunk]) -> None:
         """Note that the chunks' keys and values now stand in the cache."""
         for chunk in chunks:
-            sequence = chunk.sequence
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue
-            full_before = sequence.num_computed // self.pool.block_size
-            sequence.num_computed = chunk.start + chunk.count
-            full = sequence.num_computed // self.pool.block_size
-            if self.limits.prefix_caching and full > full_before:
-                keys = sequence.prefix_keys(full, self.pool.block_size)
-                for i in range(full_before, full):
-                    self.pool.remember(sequence.blocks[i], keys[i])
+            if chunk.sequence.status is SequenceStatus.RUNNING:
+                self.blocks.computed(chunk.sequence, chunk.start + chunk.count)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whether it waits or runs, and give back what it holds."""
@@ -128,7 +146,29 @@ class Scheduler:
             self._give_back(sequence)
         else:
             self.waiting.remove(sequence)
+            self._waits_no_more(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
+
+    def replace(self, parents: Iterable[Sequence], forks: Iterable[Fork]) -> None:
+        """Put children in the place of their parents. They share blocks where parents run and there is room."""
+        running = []
+        for fork in forks:
+            if fork.parent.status is SequenceStatus.RUNNING:
+                held = self._residency.acquire(fork.child)
+                assert held, "the parent holds the same adapters"
+                self.blocks.share(fork)
+                running.append(fork.child)
+            else:
+                self._wait(fork.child)
+        for parent in parents:
+            self.finish(parent)
+        for child in running:
+            if len(self.running) < self._most_running:
+                child.move_to(SequenceStatus.RUNNING)
+                self.running.append(child)
+            else:
+                self._give_back(child)
+                self._wait(child)
 
     def _continue_running(self, chunks: list[Chunk], budget: int) -> int:
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
@@ -139,16 +179,24 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, chunks):
                 chunks.append(self._chunk(sequence, 1))
                 budget -= 1
-        budget = self.limits.max_num_batched_tokens - len(chunks)  # a preemption may have taken chunks out again
         for sequence in filling:
-            if sequence.status is SequenceStatus.RUNNING:
-                budget -= self._fill(sequence, chunks, budget)
-        return budget
+            if sequence.status is SequenceStatus.RUNNING and self._grow(sequence, chunks):
+                budget = self._left(chunks)
+                if self._fits(sequence, chunks, budget):
+                    self._fill(sequence, chunks, budget)
+        return self._left(chunks)
+
+    def _left(self, chunks: list[Chunk]) -> int:
+        # Counted anew, for a preemption may have taken chunks out again.
+        return self.limits.max_num_batched_tokens - sum(chunk.count for chunk in chunks)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         passed: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._most_running:
             sequence = self.waiting[0]
+            if sequence.parked:
+                passed.append(self.waiting.popleft())
+                continue
             if not self._fits(sequence, chunks, budget):
                 break
             if not self._residency.acquire(sequence):
@@ -156,14 +204,17 @@ class Scheduler:
                     break
                 passed.append(self.waiting.popleft())
                 continue
-            if not self._take_blocks(sequence):
+            # Each running sequence may soon want one more block: a newcomer that takes the last ones would be preempted
+            # after its prefill was paid for.
+            if not self.blocks.open(sequence, reserve=len(self.running)):
                 self._residency.release(sequence)
                 break
             self.waiting.popleft()
+            self._waits_no_more(sequence)
             sequence.move_to(SequenceStatus.RUNNING)
             self.running.append(sequence)
             for older in passed:
-                older.bypassed += 1
+                older.bypassed += not older.parked
             budget -= self._fill(sequence, chunks, budget)
         self.waiting.extendleft(reversed(passed))
 
@@ -174,31 +225,7 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> bool:
         """Whether a prompt that must not be split has room in this step; alone in a step it always has."""
-        return self.limits.split_prefill or sequence.num_tokens <= budget or not chunks
-
-    def _take_blocks(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence blocks for all tokens it has, the known prefix from the cache; False: no room."""
-        cached = self._cached_blocks(sequence)
-        missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
-        # Each running sequence may soon want one more block: a newcomer that takes the last ones would be preempted
-        # after its prefill was paid for.
-        if missing + len(self.running) > self.pool.num_free:
-            self.pool.release(cached)
-            return False
-        sequence.blocks = cached + self.pool.allocate(missing)
-        sequence.num_computed = len(cached) * self.pool.block_size
-        self.prefix_queries += sequence.num_tokens
-        self.prefix_hits += sequence.num_computed
-        if sequence.num_cached is None:  # what a preempted sequence finds again is its own work
-            sequence.num_cached = sequence.num_computed
-        return True
-
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        if not self.limits.prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
-            return []  # log-probabilities of the prompt need its logits, so all of it is computed
-        # The last token is always computed: its logits choose the next one.
-        full = (sequence.num_tokens - 1) // self.pool.block_size
-        return self.pool.take_cached(sequence.prefix_keys(full, self.pool.block_size))
+        return self.limits.split_prefill or sequence.num_pending <= budget or not chunks
 
     def _fill(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> int:
         """Plan a prefill chunk within the budget; return how many tokens it takes."""
@@ -214,13 +241,12 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
         """Make room for the sequence's pending token, preempting younger ones; False: it was preempted itself."""
-        needed = self.pool.blocks_for(sequence.num_tokens) - len(sequence.blocks)
-        while needed > self.pool.num_free:
-            victim = max(self.running, key=lambda running: running.arrival)
+        while self.blocks.missing(sequence) > self.blocks.pool.num_free:
+            victim = _youngest(self.running)
             self._preempt(victim, chunks)
             if victim is sequence:
                 return False
-        sequence.blocks += self.pool.allocate(needed)
+        self.blocks.grow(sequence)
         return True
 
     def _preempt(self, sequence: Sequence, chunks: list[Chunk]) -> None:
@@ -229,12 +255,25 @@ class Scheduler:
         self._give_back(sequence)
         sequence.move_to(SequenceStatus.WAITING)
         self.num_preemptions += 1
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
         # The queue stays in the order of arrival, so that an old sequence is never behind a young one.
         place = sum(1 for waiting in self.waiting if waiting.arrival < sequence.arrival)
         self.waiting.insert(place, sequence)
+        self._waiting_of[sequence.request.request_id] += 1
+
+    def _waits_no_more(self, sequence: Sequence) -> None:
+        request_id = sequence.request.request_id
+        self._waiting_of[request_id] -= 1
+        if not self._waiting_of[request_id]:
+            del self._waiting_of[request_id]
 
     def _give_back(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
+        self.blocks.close(sequence)
         self._residency.release(sequence)
-        sequence.blocks = []
-        sequence.num_computed = 0
+
+
+def _youngest(sequences: list[Sequence]) -> Sequence:
+    """Return the one that came last; of beams, which came together, the last one."""
+    return max(reversed(sequences), key=lambda sequence: sequence.arrival)

@@ -14,6 +14,7 @@ from enum import Enum
 
 import numpy as np
 
+from ovms_lora.core.constraint import TokenMatcher
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.engine.block_pool import PrefixKey, prefix_key, prefix_root
 from ovms_lora.engine.lora_rows import SequenceTiles
@@ -41,6 +42,8 @@ class Sequence:
     `token_ids` are prompt and output together; the first `num_computed` of them have keys and values in `blocks`.
     `num_cached` of the prompt's were found in the cache when the sequence was first admitted; None before that.
     `tiles` are those of its adapters while it runs; None for the plain base.
+    `matcher` follows the request's constraint along the output; it has no part in a preemption.
+    `parked` says that there is nothing to compute: its next token depends on other beams that are not as far yet.
     """
 
     request: GenerationRequest
@@ -53,11 +56,15 @@ class Sequence:
     tiles: SequenceTiles | None = None
     arrival: int = 0
     bypassed: int = 0
+    matcher: TokenMatcher | None = None
+    parked: bool = False
     _keys: list[PrefixKey] = field(default_factory=list)
     _rng: np.random.Generator | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        if self.matcher is None and self.request.constraint is not None:
+            self.matcher = self.request.constraint.matcher()
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +99,14 @@ class Sequence:
             self._rng = np.random.default_rng(None if seed is None else [seed, self.index])
         return self._rng
 
+    def fork(self) -> Sequence:
+        """Return a sequence of the same request with the same tokens and place in the queue; it holds no blocks yet."""
+        matcher = self.matcher.fork() if self.matcher else None
+        child = Sequence(self.request, self.index, arrival=self.arrival, num_cached=self.num_cached, matcher=matcher)
+        child.token_ids = list(self.token_ids)
+        child._keys = list(self._keys)
+        return child
+
     def move_to(self, status: SequenceStatus) -> None:
         """Change the status along the table above."""
         assert status in _NEXT[self.status], f"{self.status} does not lead to {status}"
@@ -109,3 +124,11 @@ class Sequence:
     def _root(self) -> PrefixKey:
         adapters = [f"{use.digest}*{float(use.alpha).hex()}" for use in self.request.adapters]
         return prefix_root(self.request.cache_salt, *adapters)
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A sequence that goes on from another one: the child has the parent's tokens and one more."""
+
+    parent: Sequence
+    child: Sequence

@@ -32,7 +32,7 @@ class StopStrings:
             at, stop = min(found)
             self._held, cut = "", self._held[: at + len(stop) if self._include else at]
             return Cut(cut, stop)
-        keep = self._open_end()
+        keep = open_end(self._held, self._stops)
         given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return Cut(given)
 
@@ -41,11 +41,11 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _open_end(self) -> int:
-        """Return how many characters at the end are the beginning of a stop string."""
-        longest = max(len(stop) for stop in self._stops) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            end = self._held[-size:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return size
-        return 0
+
+def open_end(text: str, strings: Sequence[str]) -> int:
+    """Return how many characters at the end of a text are the beginning of one of the strings, and not all of it."""
+    longest = max(map(len, strings)) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(string.startswith(text[-size:]) for string in strings):
+            return size
+    return 0

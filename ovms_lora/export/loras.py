@@ -27,6 +27,7 @@ from ovms_lora.export.request import RuntimeSource
 from ovms_lora.export.source import find_folder
 
 FOLDER: Final = "loras"
+_OWN_TEMPLATE: Final = ("chat_template.jinja", "tokenizer_config.json")  # an adapter need not have one
 _MAX_RANK: Final = 256
 
 
@@ -70,8 +71,8 @@ def stage_adapters(adapters: tuple[RuntimeAdapter, ...], staging: Path, base: Pa
     for adapter in adapters:
         staged = staging / adapter.place
         staged.mkdir(parents=True)
-        for name in ADAPTER_FILES:
-            shutil.copyfile(adapter.source / name, staged / name)
+        for path in _files(adapter.source):
+            shutil.copyfile(path, staged / path.name)
         try:
             load_adapter(staged, linears, max_lora_rank=_MAX_RANK, lora_dtype=np.float32)
         except AdapterError as error:
@@ -95,23 +96,26 @@ def rank_beyond_default(adapters: tuple[RuntimeAdapter, ...]) -> int | None:
 @contextmanager
 def _without_links(folder: Path) -> Iterator[Path]:
     """Give the folder, or a copy if its files are links: the hub's cache is made of them, and a server follows none."""
-    files = [folder / name for name in ADAPTER_FILES]
+    files = _files(folder)
     if not any(path.is_symlink() for path in files):
         yield folder
         return
     with TemporaryDirectory(prefix="ovms-lora-") as copy:
         for path in files:
-            if path.is_file():
-                shutil.copyfile(path, Path(copy, path.name))
+            shutil.copyfile(path, Path(copy, path.name))
         yield Path(copy)
 
 
 def _same(one: Path, other: Path) -> bool:
-    files = [(folder / name) for folder in (one, other) for name in ADAPTER_FILES]
-    if not all(path.is_file() for path in files):
+    ours, theirs = _files(one), _files(other)
+    if not {path.name for path in ours} == {path.name for path in theirs} >= set(ADAPTER_FILES):
         return False
-    half = len(ADAPTER_FILES)
-    return files_digest(files[:half], one) == files_digest(files[half:], other)
+    return files_digest(ours, one) == files_digest(theirs, other)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of an adapter that are there."""
+    return [path for name in (*ADAPTER_FILES, *_OWN_TEMPLATE) if (path := folder / name).is_file()]
 
 
 def _named(alias: str, error: AdapterError) -> AdapterError:

@@ -8,11 +8,12 @@ Items are separated by commas.
 
 from __future__ import annotations
 
-import math
+import difflib
 
 from ovms_lora.core.config import CompositeComponent, CompositeEntry
 from ovms_lora.core.errors import ConfigError, UsageError
 from ovms_lora.core.names import check_alias
+from ovms_lora.core.strength import MAX_STRENGTH, is_strength
 from ovms_lora.export.request import RuntimeSource, SourceLoras
 
 _HINT = 'it looks like "sql=loras/sql,tools=org/tools:0.8,mix=@sql:0.7+@tools:0.5"'
@@ -45,8 +46,9 @@ def split_strength(text: str, separator: str) -> tuple[str, float | None]:
         strength = float(number)
     except ValueError:
         return text, None  # the separator is part of the path
-    if not math.isfinite(strength):
-        raise UsageError(f"{text!r}: {number} is not a finite number", hint="1.0 is the adapter as it was trained")
+    if not is_strength(strength):
+        message = f"{text!r}: {number} is not between {-MAX_STRENGTH:g} and {MAX_STRENGTH:g}"
+        raise UsageError(message, hint="1.0 is the adapter as it was trained")
     return source, strength
 
 
@@ -76,8 +78,13 @@ def _check_names(adapters: list[RuntimeSource], composites: list[CompositeEntry]
             raise UsageError(f"--source_loras names {name!r} twice", hint=_HINT)
     for composite in composites:
         for component in composite.components:
-            if component.adapter_alias not in known:
-                raise UsageError(
-                    f"--source_loras: {composite.alias!r} names {component.adapter_alias!r}, which is not in the list",
-                    hint=_HINT,
-                )
+            alias = component.adapter_alias
+            if alias not in known:
+                fault = "is a composite itself, and not an adapter" if alias in names else "is not in the list"
+                message = f"--source_loras: {composite.alias!r} names {alias!r}, which {fault}"
+                raise UsageError(message, hint=_meant(alias, known))
+
+
+def _meant(alias: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(alias, sorted(known), n=1)
+    return f"did you mean {near[0]}?" if near else _HINT

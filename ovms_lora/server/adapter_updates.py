@@ -24,7 +24,7 @@ from ovms_lora.core.errors import (
     UnavailableError,
 )
 from ovms_lora.core.names import check_alias
-from ovms_lora.engine.lora_runtime import AdapterSpec
+from ovms_lora.engine.lora_config import AdapterSpec
 
 if TYPE_CHECKING:
     from ovms_lora.engine.lora_runtime import LoraRuntime

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from ovms_lora import __version__
 from ovms_lora.core.errors import EngineError, OvmsLoraError
-from ovms_lora.server import config_routes, health, lora_routes, v1, v3
+from ovms_lora.server import config_routes, docs_page, health, lora_routes, metrics_route, v1, v3
 from ovms_lora.server.access_log import AccessLogMiddleware
 from ovms_lora.server.adapter_updates import AdapterUpdates
 from ovms_lora.server.auth import ApiKeyMiddleware
@@ -29,15 +29,32 @@ from ovms_lora.server.lifecycle import Lifecycle, LoadModel
 from ovms_lora.server.limits import LimitsMiddleware
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.model_source import ModelSource
+from ovms_lora.server.openapi import completed
 from ovms_lora.server.options import ServerOptions
 from ovms_lora.server.registry import ModelRegistry
-from ovms_lora.server.state import ServerState, state_of
+from ovms_lora.server.state import ServerState
 from ovms_lora.server.workers import Workers
 
 log = logging.getLogger(__name__)
 
 # What a client that has left would have got; nobody reads it, the access log shows it.
 _CLIENT_CLOSED_REQUEST = 499
+
+_ABOUT = (
+    "LLMs with many LoRA adapters on OpenVINO. `/v3` is the dialect of OpenVINO Model Server, `/v1` that of OpenAI and "
+    "vLLM; they differ in fields, defaults, messages and errors, not in the engine."
+)
+
+
+class _Application(FastAPI):
+    """FastAPI with our OpenAPI document."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the document; it is made once."""
+        if self.openapi_schema is None:
+            server: ServerState = self.state.server
+            self.openapi_schema = completed(super().openapi(), server.options)
+        return self.openapi_schema
 
 
 def build_app(
@@ -53,23 +70,25 @@ def build_app(
     """
     registry = ModelRegistry()
     lifecycle = Lifecycle(source, registry, load, options.limits, on_failure=on_failure)
-    app = FastAPI(
+    app = _Application(
         title="ovms-lora",
+        description=_ABOUT,
         version=__version__,
         lifespan=_lifespan,
         middleware=_middleware(options),
         exception_handlers=_HANDLERS,
         redirect_slashes=False,
+        openapi_url=None,  # ours, off the event loop
     )
     metrics, workers = Metrics(registry), Workers()
     updates = AdapterUpdates(registry, lifecycle, metrics.lora, workers, options.lora_path_prefixes)
     app.state.server = ServerState(options, registry, lifecycle, updates, metrics, workers)
-    for router in (health.router, config_routes.router, v3.router, v1.router):
+    for router in (health.router, config_routes.router, v3.router, v1.router, docs_page.router):
         app.include_router(router)
     if options.runtime_lora_updating:
         app.include_router(lora_routes.router)
     if options.metrics:
-        app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["metrics"])
+        app.include_router(metrics_route.router)
     return app
 
 
@@ -109,12 +128,6 @@ async def _look_after_models(lifecycle: Lifecycle, poll_seconds: float) -> None:
         # Not a bad model but a fault of ours: the server must not go on as if it looked after its models.
         log.exception("looking after the models failed")
         lifecycle.fail(EngineError("loading models failed; the log says how"))
-
-
-async def _metrics(request: Request) -> Response:
-    """Return the metrics in Prometheus's text format."""
-    server = state_of(request)
-    return Response(await server.workers.block(server.metrics.exposition), media_type="text/plain; version=0.0.4")
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:

@@ -107,9 +107,10 @@ class AsyncEngine:
         engine = self._engine
         assert engine is not None, "attach the engine before the first call"
         ids = [request.request_id for request in requests]
+        sequences = sum(request.sampling.n for request in requests)
         stream = OutputStream(
-            sum(request.sampling.n for request in requests),
-            limit=self._limit * len(requests),
+            sequences,
+            limit=self._limit * sequences,
             close=lambda unfinished: self._release(engine if unfinished else None, ids),
         )
         self._calls += 1

@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.errors import InvalidFieldError
 from ovms_lora.core.request import AdapterUse, GenerationRequest, SequenceOutput, TokenLogprob
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.engine.output_parsers.parser import Grammar, plain
 from ovms_lora.server.adapter_choice import AdapterChoice
+from ovms_lora.server.constraints import AskedConstraint
 
 if TYPE_CHECKING:
     from ovms_lora.server.sampling import TokenBudget
@@ -27,13 +30,18 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One client request: prompts to continue, `sampling.n` times each, and how to answer."""
+    """One client request: prompts to continue, `sampling.n` times each, and how to answer.
+
+    With more `candidates` than that, so many are sampled for each prompt, and the answer has the best. `constraint` is
+    what the text must match, `grammar` how reasoning and tool calls are told from content in it.
+    """
 
     id: str
     created: int
     model: str
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
+    candidates: int
     budget: TokenBudget
     stream: bool = False
     include_usage: bool = False
@@ -42,6 +50,8 @@ class Call:
     wants_prompt_logprobs: bool = False
     cache_salt: str = ""
     adapters: AdapterChoice = field(default_factory=AdapterChoice)
+    constraint: AskedConstraint | None = None
+    grammar: Grammar = plain
 
     @property
     def prompt_tokens(self) -> int:
@@ -49,7 +59,11 @@ class Call:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     def requests(
-        self, max_model_len: int, adapters: tuple[AdapterUse, ...], deadline: float
+        self,
+        max_model_len: int,
+        adapters: tuple[AdapterUse, ...],
+        deadline: float,
+        constraint: TokenConstraint | None = None,
     ) -> list[GenerationRequest]:
         """Return one engine request per prompt. Raises InvalidFieldError where the token numbers do not fit."""
         return [
@@ -60,14 +74,18 @@ class Call:
                 adapters=adapters,
                 cache_salt=self.cache_salt,
                 deadline=deadline,
+                constraint=constraint,
             )
             for number, prompt in enumerate(self.prompts)
         ]
 
     def _sampling_for(self, prompt: Prompt, max_model_len: int) -> SamplingParams:
         max_tokens = self.budget.for_prompt(len(prompt.token_ids), max_model_len)
+        logprobs = self.sampling.logprobs
+        if logprobs is None and self.candidates > self.sampling.n:
+            logprobs = 0  # to compare the candidates
         try:
-            return replace(self.sampling, max_tokens=max_tokens)
+            return replace(self.sampling, max_tokens=max_tokens, n=self.candidates, logprobs=logprobs)
         except ValueError as error:
             raise InvalidFieldError(str(error), param="min_tokens") from error
 
@@ -87,6 +105,11 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     started: bool = False
+
+    @property
+    def mean_logprob(self) -> float:
+        """The log-probability per token, by which OpenAI's `best_of` compares."""
+        return sum(entry.logprob for entry in self.logprobs) / max(len(self.logprobs), 1)
 
     def add(self, output: SequenceOutput) -> None:
         """Take what one step brought."""
@@ -110,18 +133,29 @@ class Usage:
 
 
 class Choices:
-    """All sequences of a call: prompt p's sequence i is choice p · n + i."""
+    """All sequences of a call: sequence i of prompt p, which has n of them, is choice p · n + i."""
 
     def __init__(self, call: Call) -> None:
-        n = call.sampling.n
+        n = call.candidates
         self._prompts = call.prompts
         self._n = n
+        self._answered = call.sampling.n
         self._first = {f"{call.id}-{number}": number * n for number in range(len(call.prompts))}
         self.all = [Choice(index, call.prompts[index // n]) for index in range(n * len(call.prompts))]
 
     def of(self, output: SequenceOutput) -> Choice:
         """Return the choice that an output belongs to."""
         return self.all[self._first[output.request_id] + output.index]
+
+    def best(self) -> list[Choice]:
+        """Return the choices to answer with: all, or the best of each prompt, best first, with the places they take."""
+        if self._answered == self._n:
+            return self.all
+        found: list[Choice] = []
+        for first in range(0, len(self.all), self._n):
+            ranked = sorted(self.all[first : first + self._n], key=lambda choice: -choice.mean_logprob)
+            found += ranked[: self._answered]
+        return [replace(choice, index=index) for index, choice in enumerate(found)]
 
     def usage(self) -> Usage:
         """Return the token numbers so far; a prompt counts once, however many sequences continue it."""

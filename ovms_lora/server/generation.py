@@ -1,6 +1,7 @@
 """The one handler behind completions and chat completions of both dialects.
 
-    bytes ──► document ──► selection ──► checked fields ──► tokens ──► adapters ──► engine ──► whole answer, or events
+    bytes ──► document ──► selection ──► checked fields ──► adapters ──► tokens ──► constraint ──► engine
+    engine ──► whole answer, or events
 
 What differs between dialects and endpoints comes in as a `Dialect` and an `Endpoint`.
 """
@@ -11,30 +12,37 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.request import AdapterUse, SequenceOutput
 from ovms_lora.server.adapter_choice import AdapterChoice
 from ovms_lora.server.async_engine import OutputStream
 from ovms_lora.server.body import parse_object
 from ovms_lora.server.call import Call, Choices
+from ovms_lora.server.constraints import asked_constraint
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.disconnect import unless_gone
-from ovms_lora.server.fields import Table
-from ovms_lora.server.sampling import sampling_params, token_budget
+from ovms_lora.server.fields import Table, Values
+from ovms_lora.server.large_json import dump_json
+from ovms_lora.server.sampling import sampled_candidates, sampling_params, token_budget
 from ovms_lora.server.shapes import Answer, ChoiceShape
 from ovms_lora.server.sse import EventStream, event
 from ovms_lora.server.state import ServerState, state_of
+from ovms_lora.server.tool_use import ToolUse
 
 if TYPE_CHECKING:
+    from ovms_lora.engine.model import LoadedModel
     from ovms_lora.server.metrics import CallMetrics
     from ovms_lora.server.registry import Selection, ServedModel
 
 log = logging.getLogger(__name__)
+
+_TOKEN_BYTES = 16
 
 
 async def read_document(request: Request, dialect: Dialect) -> tuple[dict[str, Any], int]:
@@ -51,28 +59,51 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
     selection = await server.select(dialect.model_name(document, server.registry))
     metrics = server.metrics.begin(dialect.name, selection.served.name, streamed=document.get("stream") is True)
     try:
-        call = await server.workers.run(size, _call, document, selection.served, dialect, endpoint)
-        uses = await server.uses(selection, call.adapters)
+        values = await server.workers.run(size, _values, document, selection.served, endpoint)
+        uses = await server.uses(selection, AdapterChoice.of(values))
+        asked = _Asked(values, document.get("model") or selection.served.name, uses)
+        if endpoint.is_chat:
+            call = await server.render(uses, _call, asked, selection.served, dialect, endpoint)
+        else:
+            call = await server.workers.run(size, _call, asked, selection.served, dialect, endpoint)
+        constraint = await server.constraint(selection, call.constraint)
         metrics.use(call.adapters.names(selection), call.prompt_tokens)
-        work = _Work(server, selection, call, uses, dialect, endpoint, metrics)
+        work = _Work(server, selection, call, uses, constraint, dialect, endpoint, metrics)
         return await (work.streamed(request) if call.stream else work.whole(request))
     except BaseException as error:
         metrics.end(error)
         raise
 
 
-def _call(document: Mapping[str, Any], served: ServedModel, dialect: Dialect, endpoint: Endpoint) -> Call:
-    """Return the request as this server works on it. Raises InvalidFieldError."""
-    model = served.model
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The checked fields of a request, the model as it names it, and its adapters."""
+
+    values: Values
+    model: str
+    uses: tuple[AdapterUse, ...]
+
+
+def _values(document: Mapping[str, Any], served: ServedModel, endpoint: Endpoint) -> Values:
+    """Return the checked fields. Raises InvalidFieldError."""
     values = endpoint.table.read(document, served.limits)
     tell_of_unknown(document, endpoint.table)
+    return values
+
+
+def _call(asked: _Asked, served: ServedModel, dialect: Dialect, endpoint: Endpoint) -> Call:
+    """Return the request as this server works on it. Raises InvalidFieldError."""
+    model, values = served.model, asked.values
     options = values.get("stream_options", {})
-    return Call(
+    prompts = endpoint.prompts(values, model, asked.uses)
+    sampling = sampling_params(values, model.generation_defaults, dialect.defaults)
+    call = Call(
         id=f"{endpoint.id_prefix}-{secrets.token_hex(16)}",
         created=int(time.time()),
-        model=document.get("model") or served.name,
-        prompts=endpoint.prompts(values, model),
-        sampling=sampling_params(values, model.generation_defaults, dialect.defaults),
+        model=asked.model,
+        prompts=prompts,
+        sampling=sampling,
+        candidates=sampled_candidates(values, dialect.defaults),
         budget=token_budget(values, model.generation_defaults, model.options.max_tokens_limit, endpoint.max_tokens),
         stream=values.get("stream", False),
         include_usage=options.get("include_usage", False),
@@ -81,7 +112,19 @@ def _call(document: Mapping[str, Any], served: ServedModel, dialect: Dialect, en
         wants_prompt_logprobs="prompt_logprobs" in values,
         cache_salt=values.get("cache_salt", ""),
         adapters=AdapterChoice.of(values),
+        constraint=asked_constraint(values),
     )
+    return _with_tools(call, ToolUse.of(values), model) if endpoint.is_chat else call
+
+
+def _with_tools(call: Call, tools: ToolUse, model: LoadedModel) -> Call:
+    """Add how a chat's answer is forced to be and read."""
+    sampling = call.sampling
+    if tools.needs_special_tokens(model):
+        sampling = replace(sampling, skip_special_tokens=False)
+    constraint = tools.constraint() or call.constraint
+    grammar = tools.grammar(model, call.prompts[0].text, constrained=constraint is not None)
+    return replace(call, sampling=sampling, constraint=constraint, grammar=grammar)
 
 
 def tell_of_unknown(document: Mapping[str, Any], table: Table) -> None:
@@ -99,6 +142,7 @@ class _Work:
     selection: Selection
     call: Call
     uses: tuple[AdapterUse, ...]
+    constraint: TokenConstraint | None
     dialect: Dialect
     endpoint: Endpoint
     metrics: CallMetrics
@@ -111,7 +155,13 @@ class _Work:
         finally:
             stream.close()
         self.metrics.end()
-        return JSONResponse(self._answer(self._shape()).whole(choices.all, choices.usage()))
+        usage = choices.usage()
+        answer = self._answer(self._shape())
+        content = await self.server.workers.run(
+            self._bytes_of(usage.completion_tokens) + self._echoed_bytes,
+            lambda: dump_json(answer.whole(choices.best(), usage)),
+        )
+        return Response(content, media_type="application/json")
 
     async def streamed(self, request: Request) -> Response:
         """Wait for the first output, so that an error before it keeps its status; then send events."""
@@ -127,7 +177,7 @@ class _Work:
     def _open(self) -> OutputStream:
         served = self.selection.served
         deadline = time.monotonic() + self.server.options.limits.request_seconds
-        requests = self.call.requests(served.model.engine.max_model_len, self.uses, deadline)
+        requests = self.call.requests(served.model.engine.max_model_len, self.uses, deadline, self.constraint)
         return served.engine.open(requests)
 
     async def _collect(self, stream: OutputStream, choices: Choices) -> None:
@@ -141,7 +191,10 @@ class _Work:
         answer = self._answer(shape)
         async for outputs in stream:
             self.metrics.tokens(outputs)
-            chunks = [chunk for output in outputs for chunk in self._chunks(output, choices, shape, answer)]
+            chunks = []
+            for output in outputs:
+                size = 0 if choices.of(output).started else self._echoed_bytes
+                chunks += await self.server.workers.run(size, self._chunks, output, choices, shape, answer)
             if chunks:
                 yield b"".join(chunks)
         if self.call.include_usage:
@@ -157,13 +210,24 @@ class _Work:
             choice.started = True
             opening = shape.first_delta(choice)
             written += [opening] if opening else []
-        if output.text or output.finished or output.logprobs:
-            written.append(shape.delta(choice, output))
+        written += shape.deltas(choice, output)
         return [event(answer.chunk(delta, usage)) for delta in written]
 
+    @property
+    def _echoed_bytes(self) -> int:
+        """About how much of an answer repeats the prompts."""
+        call = self.call
+        repeats = call.sampling.n if call.echo or call.wants_prompt_logprobs else 0
+        return repeats * self._bytes_of(call.prompt_tokens)
+
+    def _bytes_of(self, tokens: int) -> int:
+        """About how much some tokens make in an answer, with their alternatives."""
+        sampling = self.call.sampling
+        alternatives = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
+        return tokens * (1 + alternatives) * _TOKEN_BYTES
+
     def _shape(self) -> ChoiceShape:
-        token_text = self.selection.served.model.tokenizer.token_text
-        return self.endpoint.shape(self.call, self.dialect.style, token_text)
+        return self.endpoint.shape(self.call, self.dialect.style, self.selection.served.model.tokenizer)
 
     def _answer(self, shape: ChoiceShape) -> Answer:
         return Answer(self.call, shape, self.dialect.style)

@@ -5,9 +5,11 @@ Owns the structured fields that both dialects share; knows nothing of tokens.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from ovms_lora.server.fields import Check
+from ovms_lora.core.strength import MAX_STRENGTH, is_strength
+from ovms_lora.server.fields import Check, Schema, takes
 
 PromptInput = str | tuple[int, ...]
 
@@ -15,9 +17,41 @@ MAX_PROMPTS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_BLEND = 64
-FLOAT32_MAX = 3.4028234663852886e38
+
+_TEXT: Schema = {"type": "string", "minLength": 1}
+_TOKEN_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PROMPT_LIST: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_PROMPTS,
+    "items": {"anyOf": [_TEXT, _TOKEN_IDS]},
+}
+_PART: Schema = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_TOOL_CALL: Schema = {"type": "object", "properties": {"function": {"type": "object"}}, "required": ["function"]}
+_MESSAGE: Schema = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]},
+        "tool_calls": {"anyOf": [{"type": "array", "items": _TOOL_CALL}, {"type": "null"}]},
+    },
+    "required": ["role"],
+}
+_STOP: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STRENGTH: Schema = {"type": "number", "minimum": -MAX_STRENGTH, "maximum": MAX_STRENGTH}
+_BLEND_PART: Schema = {
+    "type": "object",
+    "properties": {"alias": {"type": "string"}, "alpha": {"anyOf": [_STRENGTH, {"type": "null"}]}},
+    "required": ["alias"],
+    "additionalProperties": False,
+}
 
 
+@takes({"anyOf": [_TEXT, _TOKEN_IDS, _PROMPT_LIST]})
 def prompts(value: Any) -> tuple[PromptInput, ...]:
     """A string, a list of strings, a list of token ids, or a list of such lists. Raises ValueError."""
     if isinstance(value, str) or (isinstance(value, list) and value and _is_token_id(value[0])):
@@ -44,6 +78,7 @@ def _is_token_id(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+@takes({"type": "array", "minItems": 1, "items": _MESSAGE})
 def messages(value: Any) -> list[dict[str, Any]]:
     """A non-empty array of chat messages; content becomes one string. Raises ValueError with OVMS's messages."""
     if not isinstance(value, list):
@@ -58,7 +93,36 @@ def _message(value: Any) -> dict[str, Any]:
         raise ValueError("Message is not a JSON object")
     if not isinstance(value.get("role"), str):
         raise ValueError("Every message must have 'role' field")
-    return {**value, "content": _content(value.get("content"))}
+    message = {**value, "content": _content(value.get("content"))}
+    calls = _tool_calls(message.pop("tool_calls", None))
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    """Earlier calls of the assistant, their arguments as the objects that templates expect."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ValueError("tool_calls must be an array")
+    return [_tool_call(call) for call in value]
+
+
+def _tool_call(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("Each tool_call must be an object")
+    function = value.get("function")
+    if not isinstance(function, dict):
+        raise ValueError("Each tool_call must have a 'function' object")
+    return {**value, "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+
+
+def _arguments(value: Any) -> Any:
+    if not isinstance(value, str):
+        return {} if value is None else value
+    try:
+        return json.loads(value) if value.strip() else {}
+    except (ValueError, RecursionError):
+        return value  # a model wrote it, and the conversation goes on
 
 
 def _content(value: Any) -> str:
@@ -86,6 +150,7 @@ def _content_part(part: Any) -> str:
     return str(part["text"])
 
 
+@takes({"anyOf": [_STOP, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP}]})
 def stop_strings(value: Any) -> tuple[str, ...]:
     """One stop string or several. Raises ValueError."""
     if isinstance(value, str):
@@ -105,7 +170,9 @@ def stop_strings(value: Any) -> tuple[str, ...]:
 
 def stream_options(*accepted: str) -> Check:
     """An object of bools, none but the accepted ones."""
+    properties = {name: {"type": "boolean"} for name in accepted}
 
+    @takes({"type": "object", "properties": properties, "additionalProperties": False})
     def check(value: Any) -> dict[str, bool]:
         if not isinstance(value, dict):
             raise ValueError("stream_options is not an object")
@@ -122,53 +189,15 @@ def stream_options(*accepted: str) -> Check:
     return check
 
 
-def tools(value: Any) -> list[dict[str, Any]]:
-    """An array of function tools. Raises ValueError."""
-    if not isinstance(value, list):
-        raise ValueError("Tools are not an array")
-    for tool in value:
-        if not isinstance(tool, dict):
-            raise ValueError("Tool is not a JSON object")
-        if tool.get("type") != "function":
-            raise ValueError("Only function tools are supported")
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError("Function object does not contain a valid name")
-    return value
-
-
-def tool_choice(value: Any) -> Any:
-    """`none`, `auto`, `required`, or an object that names a function. Raises ValueError."""
-    if isinstance(value, str):
-        if value not in ("none", "auto", "required"):
-            raise ValueError("tool_choice should be either 'none' or 'auto' or 'required'")
-        return value
-    if not isinstance(value, dict):
-        raise ValueError("tool_choice is not a valid JSON object or string")
-    function = value.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError("tool_choice.function is not a valid JSON object")
-    return value
-
-
-def response_format(value: Any) -> Any:
-    """An object with a known type. Raises ValueError."""
-    if not isinstance(value, dict):
-        raise ValueError("response_format is not an object")
-    if value.get("type") not in ("text", "json_object", "json_schema"):
-        raise ValueError("response_format.type must be one of text, json_object, json_schema")
-    return value
-
-
+@takes({"type": "object", "additionalProperties": _STRENGTH})
 def lora_alphas(value: Any) -> dict[str, float]:
     """An object of numbers. Raises ValueError with OVMS's messages."""
     if not isinstance(value, dict):
         raise ValueError("lora_alphas must be an object")
-    return {
-        alias: _strength(alpha, f"lora_alphas value for '{alias}' must be a number") for alias, alpha in value.items()
-    }
+    return {alias: _strength(alpha, f"lora_alphas value for '{alias}'") for alias, alpha in value.items()}
 
 
+@takes({"type": "array", "maxItems": MAX_BLEND, "items": _BLEND_PART})
 def lora(value: Any) -> tuple[tuple[str, float | None], ...]:
     """A blend: an array of `{"alias", "alpha"}`, alpha left out for the adapter's own. Raises ValueError."""
     if not isinstance(value, list):
@@ -187,11 +216,13 @@ def _blend_part(part: Any) -> tuple[str, float | None]:
     if set(part) - {"alias", "alpha"}:
         raise ValueError("lora must hold objects of alias and alpha only")
     alpha, alias = part.get("alpha"), part["alias"]
-    return alias, None if alpha is None else _strength(alpha, f"lora alpha for '{alias}' must be a number")
+    return alias, None if alpha is None else _strength(alpha, f"lora alpha for '{alias}'")
 
 
-def _strength(value: Any, message: str) -> float:
-    """Return a number that a 32-bit float can hold. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
-        raise ValueError(message)
+def _strength(value: Any, what: str) -> float:
+    """Return a number that may be a strength. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} must be a number")
+    if not is_strength(value):
+        raise ValueError(f"{what} out of range({-MAX_STRENGTH}, {MAX_STRENGTH})")
     return float(value)

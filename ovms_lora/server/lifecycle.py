@@ -3,7 +3,7 @@
     read ──► load new bases ──► apply adapters ──► put (adds, swaps) ──► drain and stop what was replaced or removed
 
 At start, what can be loaded is served; a reload is taken whole or not at all. A base whose adapters alone have changed
-stays as it is. Loading blocks, so it runs in a thread.
+stays as it is. Reading and loading block, so they run in threads.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.server.async_engine import AsyncEngine
+from ovms_lora.server.fault_log import FaultLog
 from ovms_lora.server.model_source import ModelSource, ModelSpec
 from ovms_lora.server.options import Limits
-from ovms_lora.server.registry import ModelRegistry, ModelState, ServedModel
+from ovms_lora.server.registry import ModelRegistry, ModelState, ModelStatus, ServedModel
 
 if TYPE_CHECKING:
     from ovms_lora.engine.engine import Deliver
-    from ovms_lora.engine.lora_runtime import LoraConfig
+    from ovms_lora.engine.lora_config import LoraConfig
     from ovms_lora.engine.model import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,14 @@ class LoadModel(Protocol):
     """Loads a model folder and starts its engine; `ovms_lora.engine.model.load_model` in service."""
 
     def __call__(
-        self, folder: Path, *, deliver: Deliver, plugin_config: dict[str, Any], lora: LoraConfig | None
+        self,
+        folder: Path,
+        *,
+        deliver: Deliver,
+        graph_path: str | None,
+        device: str | None,
+        plugin_config: dict[str, Any],
+        lora: LoraConfig | None,
     ) -> LoadedModel:
         """Return the loaded model; adapters that cannot be loaded stand in its `lora.failures`.
 
@@ -64,6 +72,7 @@ class Lifecycle:
         # Held by whoever changes which names are served: one after the other, so that names stay unique.
         self.changing = asyncio.Lock()
         self._leaving: dict[asyncio.Task[None], ServedModel] = {}
+        self._faults = FaultLog(log, "the configuration was not reloaded")
         self.started = False
         self.draining = False
 
@@ -88,18 +97,18 @@ class Lifecycle:
         failure: OvmsLoraError | None = None
         async with self.changing:
             try:
-                specs = self._source.read()
+                specs = await asyncio.to_thread(self._source.read)
             except ConfigError as error:
                 self._on_failure(error)
                 return
             for spec in specs:
-                self._registry.mark(spec.name, ModelState.START, aliases=spec.aliases)
+                self._registry.mark(spec.name, _status(spec, ModelState.START))
             for spec in specs:
                 try:
                     self._registry.put(await self._load(spec))
                 except OvmsLoraError as error:
                     failure = error
-                    self._registry.mark(spec.name, ModelState.LOADING, error.message, spec.aliases)
+                    self._registry.mark(spec.name, _status(spec, ModelState.LOADING, error.message))
                     log.error("model %s cannot be loaded: %s", spec.name, error.message)
         if failure and not self._registry.served:
             self._on_failure(failure)
@@ -115,7 +124,7 @@ class Lifecycle:
         Raises ConfigError, ModelFolderError, or what is wrong with an adapter; then nothing has changed.
         """
         async with self.changing:
-            wanted = self._source.read()
+            wanted = await asyncio.to_thread(self._source.read)
             self._check_names(wanted)
             running = {served.name: served for served in self._registry.served}
             changed = [spec for spec in wanted if spec.name not in running or running[spec.name].spec != spec]
@@ -138,14 +147,17 @@ class Lifecycle:
         return bool(changed or gone)
 
     async def poll(self) -> None:
-        """Reload when the source has changed; a source that is not usable is logged once and left alone."""
-        if not self._source.changed():
+        """Reload when the source has changed; leave one alone that is not usable, and log each of its faults once."""
+        if not await asyncio.to_thread(self._source.changed):
             return
         try:
-            if await self.reload():
-                log.info("the configuration was reloaded")
+            changed = await self.reload()
         except OvmsLoraError as error:
-            log.error("the configuration was not reloaded: %s", error.message)
+            self._faults.report(error)
+            return
+        self._faults.clear()
+        if changed:
+            log.info("the configuration was reloaded")
 
     async def stop(self) -> None:
         """Stop all engines; what still runs is aborted."""
@@ -168,10 +180,12 @@ class Lifecycle:
 
     async def _load_wholly(self, spec: ModelSpec, undo: contextlib.AsyncExitStack) -> ServedModel:
         """Load a model with all of its adapters, or raise."""
+        undo.callback(self._registry.mark, spec.name, self._registry.statuses.get(spec.name))
         served = await self._load(spec)
         undo.push_async_callback(asyncio.to_thread, served.model.engine.stop)
         for alias, error in served.model.lora.failures.items() if served.model.lora else ():
             raise ConfigError(f"adapter {alias!r} of {spec.name!r}: {error.message}", hint=error.hint) from error
+        await _carry_over(self._registry.get(spec.name), served)
         return served
 
     async def _apply(self, served: ServedModel, spec: ModelSpec, undo: contextlib.AsyncExitStack) -> None:
@@ -192,13 +206,17 @@ class Lifecycle:
 
     async def _load(self, spec: ModelSpec) -> ServedModel:
         if self._registry.get(spec.name) is None:
-            self._registry.mark(spec.name, ModelState.LOADING, aliases=spec.aliases)
+            self._registry.mark(spec.name, _status(spec, ModelState.LOADING))
         log.info("loading model %s from %s", spec.name, spec.folder)
+        if spec.entry.without_effect:
+            log.info("model %s: without effect here: %s", spec.name, ", ".join(spec.entry.without_effect))
         bridge = AsyncEngine(asyncio.get_running_loop(), buffered_outputs=self._limits.buffered_outputs)
         model = await asyncio.to_thread(
             self._load_model,
             spec.folder,
             deliver=bridge.deliver,
+            graph_path=spec.entry.graph_path,
+            device=spec.entry.target_device,
             plugin_config=dict(spec.plugin_config),
             lora=spec.lora,
         )
@@ -223,7 +241,7 @@ class Lifecycle:
 
     def _remove(self, name: str) -> None:
         if self._registry.get(name) is None:
-            self._registry.mark(name, ModelState.END)
+            self._registry.end(name)
             return
         self._retire(self._registry.remove(name))
 
@@ -240,8 +258,25 @@ class Lifecycle:
                     await asyncio.sleep(0.05)
         await asyncio.to_thread(served.model.engine.stop)
         if self._registry.get(served.name) is None:
-            self._registry.mark(served.name, ModelState.END)
+            self._registry.end(served.name)
         log.info("model %s was unloaded", served.spec.folder)
+
+
+def _status(spec: ModelSpec, state: ModelState, error: str | None = None) -> ModelStatus:
+    return ModelStatus(state, error, spec.aliases, spec.version)
+
+
+async def _carry_over(before: ServedModel | None, after: ServedModel) -> None:
+    """Load what clients have loaded for a model into the one that replaces it, as far as it still fits."""
+    old, new = before.model.lora if before else None, after.model.lora
+    for spec in old.by_clients if old else ():
+        try:
+            if new is None:
+                log.error("adapter %s of model %s is gone: the model takes no adapters now", spec.alias, after.name)
+            elif not new.has(spec.alias):
+                await asyncio.to_thread(new.load, spec)
+        except OvmsLoraError as error:
+            log.error("adapter %s of model %s does not fit any more: %s", spec.alias, after.name, error.message)
 
 
 def _log_adapters(served: ServedModel) -> None:

@@ -8,46 +8,45 @@ from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
 from ovms_lora.server.adapter_updates import NewAdapter
-from ovms_lora.server.fields import Field, ModelLimits, Table, Together, Values, boolean, text
+from ovms_lora.server.answer_types import OpenAIError
+from ovms_lora.server.fields import Field, ModelLimits, Table, Values, boolean, text, that
 from ovms_lora.server.generation import read_document, tell_of_unknown
+from ovms_lora.server.route_docs import body, responses
 from ovms_lora.server.state import state_of
 from ovms_lora.server.v1 import V1
 
 log = logging.getLogger(__name__)
 
-_NAME = Field("lora_name", text("lora_name must be a string"))
+_BOTH = "Both 'lora_name' and 'lora_path' must be provided."
+_NAME_NEEDED = "'lora_name' needs to be provided to unload a LoRA adapter."
+
+
+def _named(name: str, missing: str) -> Field:
+    return Field(name, text(f"{name} must be a string"), that(bool, missing, {"minLength": 1}), missing=missing)
+
 
 _LOAD = Table(
     (
-        _NAME,
-        Field("lora_path", text("lora_path must be a string")),
+        _named("lora_name", _BOTH),
+        _named("lora_path", _BOTH),
         Field("base_model_name", text("base_model_name must be a string")),
         Field("load_inplace", boolean("load_inplace must be true or false")),
         Field("pinned", boolean("pinned must be true or false")),
     ),
-    (
-        Together(
-            "lora_name",
-            lambda v, _: not (v.get("lora_name") and v.get("lora_path")),
-            "Both 'lora_name' and 'lora_path' must be provided.",
-        ),
-    ),
+    (),
 )
-_UNLOAD = Table(
-    (_NAME, Field("lora_int_id")),  # vLLM's number of an adapter, which it ignores itself
-    (
-        Together(
-            "lora_name",
-            lambda v, _: not v.get("lora_name"),
-            "'lora_name' needs to be provided to unload a LoRA adapter.",
-        ),
-    ),
-)
+# lora_int_id is vLLM's number of an adapter, which it ignores itself.
+_UNLOAD = Table((_named("lora_name", _NAME_NEEDED), Field("lora_int_id")), ())
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
 
-@router.post("/load_lora_adapter")
+@router.post(
+    "/load_lora_adapter",
+    response_class=PlainTextResponse,
+    openapi_extra=body(_LOAD),
+    responses=responses(OpenAIError, also=(400, 403, 404, 415, 422, 503), takes_body=True),
+)
 async def load_lora_adapter(request: Request) -> Response:
     """Load an adapter from a folder, under a name for `model`."""
     values = await _read(request, _LOAD)
@@ -62,7 +61,12 @@ async def load_lora_adapter(request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{wanted.alias}' added successfully.")
 
 
-@router.post("/unload_lora_adapter")
+@router.post(
+    "/unload_lora_adapter",
+    response_class=PlainTextResponse,
+    openapi_extra=body(_UNLOAD),
+    responses=responses(OpenAIError, also=(400, 403, 404, 415, 503), takes_body=True),
+)
 async def unload_lora_adapter(request: Request) -> Response:
     """Take an adapter away; requests that use it go on."""
     values = await _read(request, _UNLOAD)

@@ -54,7 +54,7 @@ class _Engines(Collector):
 
     _GAUGES = (
         ("vllm:num_requests_running", "Sequences that are being computed", "running"),
-        ("vllm:num_requests_waiting", "Sequences that wait", "waiting"),
+        ("vllm:num_requests_waiting", "Requests that wait", "waiting"),
         ("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1", "kv_cache_usage"),
     )
     _COUNTERS = (

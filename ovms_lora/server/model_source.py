@@ -8,11 +8,12 @@ What a change of an entry means for a model that is served:
 |---|---|
 | adapters, composites, `pinned`, loading path, an adapter's files | the runtime applies it, the base stays |
 | `max_loras`, `max_lora_rank`, `max_cpu_loras`, `total_rank`, `lora_dtype`; first or last of the LoRA keys | reloaded |
-| the folder, its files | reloaded |
+| the folder, its version, its files, its device and properties | reloaded |
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +22,20 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from ovms_lora.core.config import LoraOptions, ModelEntry, read_server_config
+from ovms_lora.core.config_fault import fault_of
 from ovms_lora.core.errors import ConfigError
 from ovms_lora.core.names import check_alias
-from ovms_lora.engine.lora_runtime import AdapterSpec, CompositeSpec, LoraConfig
+from ovms_lora.engine.lora_config import AdapterSpec, CompositeSpec, LoraConfig
+from ovms_lora.server.model_versions import find_version
 
 # A re-export replaces these; their identity tells that the same path holds another model.
-_TELLING_FILES = ("openvino_model.xml", "openvino_model.bin", "graph.pbtxt", "ovms_lora_manifest.json")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_TELLING_FILES = ("openvino_model.xml", "openvino_model.bin", "ovms_lora_manifest.json")
+_ADAPTER_FILES = (
+    *("adapter_config.json", "adapter_model.safetensors"),
+    *("chat_template.jinja", "tokenizer_config.json"),
+)
+
+_CLOCK_TICK_NS = 20_000_000
 
 FileIdentity = tuple[int, int, int]
 
@@ -42,6 +50,7 @@ class ModelSpec:
     plugin_config: Mapping[str, Any] = field(default_factory=dict)
     lora: LoraConfig | None = None
     adapter_files: tuple[FileIdentity | None, ...] = ()
+    version: int = 1
 
     @property
     def name(self) -> str:
@@ -62,7 +71,8 @@ class ModelSpec:
     def _base(self) -> tuple[Any, ...]:
         live: dict[str, Any] = {"pinned": [], "dynamic_lora_loading_path": None}
         options = self.lora.options.model_copy(update=live) if self.lora else None
-        return self.folder, self.files, self.plugin_config, options
+        device, graph_path = self.entry.target_device, self.entry.graph_path
+        return self.folder, self.files, device, graph_path, self.plugin_config, options
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +114,22 @@ class ConfigFile:
         self._path = path
         self._lora = lora or LoraDefaults()
         self._seen: FileIdentity | None = None
+        self._may_have_changed = False
 
     def read(self) -> tuple[ModelSpec, ...]:
         """Return the models to serve. Raises ConfigError."""
         self._seen = file_identity(self._path)
+        # Within the same tick of the file system's clock the file may be written again and look the same.
+        self._may_have_changed = self._seen is not None and 0 <= time.time_ns() - self._seen[1] < _CLOCK_TICK_NS
         config = read_server_config(self._path)
-        return _specs(config.models, self._path.parent, self._lora)
+        try:
+            return _specs(config.models, self._path.parent, self._lora)
+        except ConfigError as error:
+            raise ConfigError(f"{self._path}: {error.message}", hint=error.hint) from error
 
     def changed(self) -> bool:
-        """Tell whether the file is another one than was read last."""
-        return file_identity(self._path) != self._seen
+        """Tell whether the file is, or may be, another one than was read last."""
+        return self._may_have_changed or file_identity(self._path) != self._seen
 
 
 class SingleModel:
@@ -122,7 +138,7 @@ class SingleModel:
     def __init__(
         self, name: str, folder: Path, plugin_config: Mapping[str, Any], lora: LoraDefaults | None = None
     ) -> None:
-        self._entry = ModelEntry(name=name, base_path=str(folder))
+        self._entry = _entry(name, folder)
         self._plugin_config = plugin_config
         self._lora = lora or LoraDefaults()
 
@@ -133,6 +149,14 @@ class SingleModel:
     def changed(self) -> bool:
         """Nothing is polled: a re-export is taken up by a reload."""
         return False
+
+
+def _entry(name: str, folder: Path) -> ModelEntry:
+    try:
+        return ModelEntry(name=name, base_path=str(folder))
+    except ValidationError as error:
+        fault = fault_of(error)
+        raise ConfigError(fault.message, hint=fault.hint) from error
 
 
 def _specs(
@@ -153,16 +177,18 @@ def model_spec(
     plugin_config: Mapping[str, Any] | None = None,
 ) -> ModelSpec:
     """Return the spec of one entry, whose paths are relative to `root`. Raises ConfigError."""
-    folder = (root / entry.base_path).absolute()
+    policy = entry.model_version_policy
+    place = find_version((root / entry.base_path).absolute(), policy.versions if policy else None)
     lora = _lora_config(entry, root, defaults, tuple(modules))
     adapters = [spec.folder for spec in lora.adapters] if lora else []
     return ModelSpec(
         entry,
-        folder,
-        tuple(file_identity(folder / name) for name in _TELLING_FILES),
-        dict(plugin_config or {}),
+        place.folder,
+        tuple(file_identity(place.folder / name) for name in (*_TELLING_FILES, entry.graph_path or "graph.pbtxt")),
+        {**entry.plugin_config, **(plugin_config or {})},
         lora,
         tuple(file_identity(adapter / name) for adapter in adapters for name in _ADAPTER_FILES),
+        place.version,
     )
 
 
@@ -175,7 +201,8 @@ def _lora_config(
     try:
         options = LoraOptions.model_validate({**defaults.options, **given})
     except ValidationError as error:
-        raise ConfigError(f"lora_options of {entry.name!r}: {error.errors()[0]['msg']}") from error
+        fault = fault_of(error)
+        raise ConfigError(f"lora_options of {entry.name!r}: {fault.place}: {fault.message}", hint=fault.hint) from error
     path = options.dynamic_lora_loading_path
     configured = [
         AdapterSpec(adapter.alias, (root / adapter.path).absolute(), adapter.alpha, adapter.alias in options.pinned)
@@ -188,8 +215,16 @@ def _lora_config(
             CompositeSpec(composite.alias, tuple((part.adapter_alias, part.alpha) for part in composite.components))
             for composite in entry.composite_lora_adapters
         ),
-        loading_path=defaults.loading_path if path is None else local_folder(path, root),
+        loading_path=defaults.loading_path if path is None else _loading_path(path, root, entry),
     )
+
+
+def _loading_path(path: str, root: Path, entry: ModelEntry) -> Path:
+    try:
+        return local_folder(path, root)
+    except ConfigError as error:
+        where = f"lora_options.dynamic_lora_loading_path of {entry.name!r}"
+        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from error
 
 
 def local_folder(path: str, root: Path) -> Path:
@@ -216,7 +251,10 @@ def _modules_by_model(entries: tuple[ModelEntry, ...], defaults: LoraDefaults) -
                 hint='write it as {"name": …, "path": …, "base_model_name": …}',
             )
         if base not in modules:
-            raise ConfigError(f"--lora-modules names {base!r} as a base, and there is no such model")
+            raise ConfigError(
+                f"--lora-modules names {base!r} as a base, and there is no such model",
+                hint=f"the models are {', '.join(modules) or 'none'}",
+            )
         modules[base].append(module)
     return modules
 

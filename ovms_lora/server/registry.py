@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ class ModelStatus:
     state: ModelState
     error: str | None = None
     aliases: tuple[str, ...] = ()
+    version: int = 1
 
     @property
     def expected(self) -> bool:
@@ -140,14 +141,21 @@ class ModelRegistry:
         """Serve a model from now on; return the one that it replaces."""
         replaced = self._served.get(served.name)
         self._served[served.name] = served
-        self._status[served.name] = ModelStatus(ModelState.AVAILABLE)
+        self._status[served.name] = ModelStatus(ModelState.AVAILABLE, version=served.spec.version)
         return replaced
 
     def remove(self, name: str) -> ServedModel:
         """Serve a model no more; requests that run go on."""
-        self._status[name] = ModelStatus(ModelState.UNLOADING)
+        self._status[name] = replace(self._status[name], state=ModelState.UNLOADING)
         return self._served.pop(name)
 
-    def mark(self, name: str, state: ModelState, error: str | None = None, aliases: tuple[str, ...] = ()) -> None:
-        """Note a model's state; a served model stays served."""
-        self._status[name] = ModelStatus(state, error, aliases)
+    def mark(self, name: str, status: ModelStatus | None) -> None:
+        """Note a model's state, None that there never was such a model; a served model stays served."""
+        if status is None:
+            self._status.pop(name, None)
+        else:
+            self._status[name] = status
+
+    def end(self, name: str) -> None:
+        """Note that a model is gone."""
+        self._status[name] = ModelStatus(ModelState.END, version=self._status[name].version)

@@ -25,11 +25,13 @@ class SamplingDefaults:
     """Where the dialects differ when neither the request nor the model's folder says anything.
 
     `top_k` 0 keeps every token; `stop_string_in_streams` tells whether a stream holds the matched stop string unless
-    the request says otherwise.
+    the request says otherwise. `best_of` is the width of a beam search where `best_of_searches`; else so many
+    continuations are sampled and the most probable ones returned.
     """
 
     top_k: int
     stop_string_in_streams: bool
+    best_of_searches: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ def sampling_params(values: Values, model: GenerationDefaults, dialect: Sampling
     try:
         return SamplingParams(
             n=values.get("n", 1),
-            temperature=pick("temperature", 1.0),
+            # A search of width 1 is greedy decoding.
+            temperature=0.0 if values.get("use_beam_search") else pick("temperature", 1.0),
             top_p=max(pick("top_p", 1.0), _SMALLEST_TOP_P),
             top_k=max(pick("top_k", dialect.top_k), 0),
             min_p=pick("min_p", 0.0),
@@ -87,7 +90,9 @@ def sampling_params(values: Values, model: GenerationDefaults, dialect: Sampling
             presence_penalty=values.get("presence_penalty", 0.0),
             frequency_penalty=values.get("frequency_penalty", 0.0),
             repetition_penalty=pick("repetition_penalty", 1.0),
-            length_penalty=values.get("length_penalty", 1.0),
+            beam_width=_beam_width(values, dialect),
+            length_penalty=pick("length_penalty", 1.0),
+            early_stopping=pick("early_stopping", False),
             logit_bias=values.get("logit_bias", {}),
             logprobs=_logprobs(values),
             prompt_logprobs=_prompt_logprobs(values),
@@ -95,6 +100,18 @@ def sampling_params(values: Values, model: GenerationDefaults, dialect: Sampling
     except ValueError as error:
         message = str(error)
         raise InvalidFieldError(message, param=message.split(" ", 1)[0]) from error
+
+
+def sampled_candidates(values: Values, dialect: SamplingDefaults) -> int:
+    """Return how many continuations are sampled for each prompt, to return the `n` best of."""
+    n: int = values.get("n", 1)
+    return n if dialect.best_of_searches else max(n, values.get("best_of", 1))
+
+
+def _beam_width(values: Values, dialect: SamplingDefaults) -> int:
+    # vLLM has no field for the width: `n` is both that and the number of results.
+    width: int = values.get("best_of" if dialect.best_of_searches else "n", 1)
+    return width if dialect.best_of_searches or values.get("use_beam_search") else 1
 
 
 def _seed(seed: int | None) -> int | None:

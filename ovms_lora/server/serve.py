@@ -41,6 +41,7 @@ def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
     with _bind(options.host, options.port) as listener:
         failures: list[OvmsLoraError] = []
         app = build_app(options, source, load, on_failure=failures.append)
+        app.openapi()  # takes a moment, which now holds nobody up
         config = uvicorn.Config(
             app,
             log_config=None,

@@ -1,4 +1,4 @@
-"""The JSON of answers: completions and chat completions, whole and in chunks, in both dialects.
+"""The JSON of answers: completions, and the frame of all answers, whole and in chunks, in both dialects.
 
 Owns the shapes. A shape turns a call and its choices into plain dictionaries; it knows no engine and no HTTP.
 """
@@ -14,8 +14,7 @@ from ovms_lora.core.request import SequenceOutput
 from ovms_lora.server.call import Call, Choice, Usage
 from ovms_lora.server.logprobs import (
     Entry,
-    TokenText,
-    chat_logprobs,
+    TokenWriter,
     completion_logprobs,
     entries,
     prompt_entries,
@@ -46,8 +45,8 @@ class ChoiceShape(Protocol):
     def first_delta(self, choice: Choice) -> dict[str, Any] | None:
         """Return what opens a choice in a stream, if anything does."""
 
-    def delta(self, choice: Choice, output: SequenceOutput) -> dict[str, Any]:
-        """Return what one step brought to a choice."""
+    def deltas(self, choice: Choice, output: SequenceOutput) -> list[dict[str, Any]]:
+        """Return what one step brought to a choice: nothing while its text is held back."""
 
 
 class CompletionShape:
@@ -56,11 +55,11 @@ class CompletionShape:
     id_prefix = "cmpl"
     whole = "text_completion"
 
-    def __init__(self, call: Call, style: ShapeStyle, token_text: TokenText) -> None:
+    def __init__(self, call: Call, style: ShapeStyle, writer: TokenWriter) -> None:
         self.chunk = style.completion_chunk
         self._call = call
         self._openai = style.openai
-        self._token_text = token_text
+        self._writer = writer
 
     def choice(self, choice: Choice) -> dict[str, Any]:
         """Return one finished choice."""
@@ -78,14 +77,16 @@ class CompletionShape:
         tokens = prompt_entries(choice.prompt.token_ids, choice.prompt_logprobs)
         return self._written(choice, choice.prompt.text, tokens) | {"finish_reason": None}
 
-    def delta(self, choice: Choice, output: SequenceOutput) -> dict[str, Any]:
+    def deltas(self, choice: Choice, output: SequenceOutput) -> list[dict[str, Any]]:
         """Return what one step brought."""
-        return self._written(choice, output.text, entries(output.logprobs))
+        if not (output.text or output.finished or output.logprobs):
+            return []
+        return [self._written(choice, output.text, entries(output.logprobs))]
 
     def _written(self, choice: Choice, text: str, tokens: Sequence[Entry]) -> dict[str, Any]:
         logprobs = None
         if self._call.sampling.logprobs is not None:
-            logprobs = completion_logprobs(tokens, self._token_text, choice.text_offset)
+            logprobs = completion_logprobs(tokens, self._writer, choice.text_offset)
             choice.text_offset += sum(map(len, logprobs["tokens"]))
         written: dict[str, Any] = {
             "finish_reason": choice.finish_reason,
@@ -96,48 +97,7 @@ class CompletionShape:
         if self._openai:
             written["stop_reason"] = choice.stop_reason
             if self._call.wants_prompt_logprobs and choice.prompt_logprobs is not None:
-                written["prompt_logprobs"] = vllm_prompt_logprobs(choice.prompt_logprobs, self._token_text)
-        return written
-
-
-class ChatShape:
-    """`/chat/completions`: a message of the assistant."""
-
-    id_prefix = "chatcmpl"
-    whole = "chat.completion"
-    chunk = "chat.completion.chunk"
-
-    def __init__(self, call: Call, style: ShapeStyle, token_text: TokenText) -> None:
-        self._call = call
-        self._openai = style.openai
-        self._token_text = token_text
-
-    def choice(self, choice: Choice) -> dict[str, Any]:
-        """Return one finished choice."""
-        extra: dict[str, Any] = {"refusal": None} if self._openai else {"tool_calls": []}
-        message = {"content": "".join(choice.text), "role": "assistant", **extra}
-        return self._written(choice, choice.logprobs, {"message": message})
-
-    def first_delta(self, choice: Choice) -> dict[str, Any] | None:
-        """Return the role."""
-        delta = {"role": "assistant", "content": "" if self._openai else None}
-        opening = {"finish_reason": None, "index": choice.index, "logprobs": None}
-        return {**opening, "delta": delta}
-
-    def delta(self, choice: Choice, output: SequenceOutput) -> dict[str, Any]:
-        """Return what one step brought."""
-        return self._written(choice, output.logprobs, {"delta": {"content": output.text} if output.text else {}})
-
-    def _written(self, choice: Choice, tokens: Sequence[Any], content: dict[str, Any]) -> dict[str, Any]:
-        asked = self._call.sampling.logprobs is not None
-        written = {
-            "finish_reason": choice.finish_reason,
-            "index": choice.index,
-            "logprobs": chat_logprobs(tokens, self._token_text) if asked else None,
-            **content,
-        }
-        if self._openai:
-            written["stop_reason"] = choice.stop_reason
+                written["prompt_logprobs"] = vllm_prompt_logprobs(choice.prompt_logprobs, self._writer)
         return written
 
 

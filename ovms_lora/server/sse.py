@@ -5,7 +5,6 @@ Owns the framing; knows nothing of what the chunks say.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -17,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from ovms_lora.core.errors import OvmsLoraError
 from ovms_lora.server.async_engine import OutputStream
 from ovms_lora.server.disconnect import ClientGoneError, unless_gone
+from ovms_lora.server.large_json import dump_json
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,7 @@ DONE = b"data: [DONE]\n\n"
 
 def event(document: dict[str, Any]) -> bytes:
     """Return one event."""
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + dump_json(document) + b"\n\n"
 
 
 class EventStream(Response):

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from starlette.requests import Request
 
+from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.errors import ModelNotFoundError, UnavailableError
 from ovms_lora.core.request import AdapterUse
 from ovms_lora.server.adapter_choice import AdapterChoice
 from ovms_lora.server.adapter_updates import AdapterUpdates
+from ovms_lora.server.constraints import AskedConstraint
 from ovms_lora.server.lifecycle import Lifecycle
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.options import ServerOptions
 from ovms_lora.server.registry import ModelRegistry, Selection
 from ovms_lora.server.workers import Workers
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,19 @@ class ServerState:
                 if found:
                     return selection
             raise
+
+    async def constraint(self, selection: Selection, asked: AskedConstraint | None) -> TokenConstraint | None:
+        """Return what the text of a request must match, compiled. Raises InvalidFieldError when it does not compile."""
+        if asked is None:
+            return None
+        compiler = selection.served.model.constraints
+        kept = compiler.kept(asked.spec)
+        return kept or await self.workers.compile(compiler.compile, asked.spec, param=asked.param)
+
+    async def render(self, uses: tuple[AdapterUse, ...], work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `work`, which renders the chat template for these adapters, in a thread."""
+        own = len(uses) == 1 and uses[0].adapter.chat_template is not None
+        return await (self.workers.render if own else self.workers.compute)(work, *args, **kwargs)
 
     async def uses(self, selection: Selection, choice: AdapterChoice) -> tuple[AdapterUse, ...]:
         """Return the adapters of a request, loaded if they were not. Raises what `AdapterChoice.uses` does."""

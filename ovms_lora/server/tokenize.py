@@ -5,10 +5,10 @@ Owns their fields and answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ovms_lora.server import inputs
+from ovms_lora.server import inputs, tool_fields
 from ovms_lora.server.fields import (
     Field,
     ModelLimits,
@@ -18,17 +18,21 @@ from ovms_lora.server.fields import (
     at_least,
     boolean,
     integer,
+    takes,
     text,
     that,
 )
-from ovms_lora.server.prompts import render_chat
+from ovms_lora.server.prompts import chat_prompts
 
 if TYPE_CHECKING:
+    from ovms_lora.core.request import AdapterUse
     from ovms_lora.engine.model import LoadedModel
 
 _PADDING_SIDE = "padding_side should be either left or right"
+_TEXT_LIST = {"type": "array", "minItems": 1, "maxItems": inputs.MAX_PROMPTS, "items": {"type": "string"}}
 
 
+@takes({"anyOf": [{"type": "string"}, _TEXT_LIST]})
 def _texts(value: Any) -> str | list[str]:
     if isinstance(value, str):
         return value
@@ -41,9 +45,9 @@ def _texts(value: Any) -> str | list[str]:
     return value
 
 
-_OVMS = Table(
+OVMS = Table(
     (
-        Field("text", _texts, null=False),
+        Field("text", _texts, null=False, missing="text field is required"),
         Field("add_special_tokens", boolean("add_special_tokens should be boolean"), null=False),
         Field(
             "max_length",
@@ -54,27 +58,27 @@ _OVMS = Table(
         Field(
             "pad_to_max_length",
             boolean("pad_to_max_length should be boolean"),
-            that(lambda value: value is False, "pad_to_max_length is not supported"),
+            that(lambda value: value is False, "pad_to_max_length is not supported", {"enum": [False]}),
             null=False,
         ),
         Field(
             "padding_side",
             text("padding_side should be string, either left or right"),
-            that(lambda value: value in ("left", "right"), _PADDING_SIDE),
+            that(lambda value: value in ("left", "right"), _PADDING_SIDE, {"enum": ["left", "right"]}),
             null=False,
         ),
     ),
-    (Together("text", lambda v, _: "text" not in v, "text field is required"),),
+    (),
 )
 
-_VLLM = Table(
+VLLM = Table(
     (
         Field("prompt", text("prompt must be a string")),
         Field("messages", inputs.messages),
         Field("add_special_tokens", boolean("add_special_tokens must be true or false")),
         Field("return_token_strs", boolean("return_token_strs must be true or false")),
         Field("add_generation_prompt", boolean("add_generation_prompt must be true or false")),
-        Field("tools", inputs.tools),
+        Field("tools", tool_fields.vllm_tools),
         Field("chat_template_kwargs", an_object("chat_template_kwargs must be an object")),
     ),
     (
@@ -85,9 +89,9 @@ _VLLM = Table(
 )
 
 
-def ovms_tokenize(document: Mapping[str, Any], model: LoadedModel) -> dict[str, Any]:
+def ovms_tokenize(document: Mapping[str, Any], model: LoadedModel, _: Sequence[AdapterUse]) -> dict[str, Any]:
     """Return `{"tokens": …}`: a list for one text, a list of lists for several. Raises InvalidFieldError."""
-    values = _OVMS.read(document, ModelLimits())
+    values = OVMS.read(document, ModelLimits())
     special, limit = values.get("add_special_tokens", True), values.get("max_length")
 
     def encode(content: str) -> list[int]:
@@ -97,12 +101,13 @@ def ovms_tokenize(document: Mapping[str, Any], model: LoadedModel) -> dict[str, 
     return {"tokens": encode(texts) if isinstance(texts, str) else [encode(content) for content in texts]}
 
 
-def vllm_tokenize(document: Mapping[str, Any], model: LoadedModel) -> dict[str, Any]:
+def vllm_tokenize(document: Mapping[str, Any], model: LoadedModel, uses: Sequence[AdapterUse]) -> dict[str, Any]:
     """Return count, tokens and the model's length. Raises InvalidFieldError."""
-    values = _VLLM.read(document, ModelLimits())
-    chat = "messages" in values
-    content = render_chat(values, model) if chat else values["prompt"]
-    tokens = model.tokenizer.encode(content, add_special_tokens=values.get("add_special_tokens", not chat))
+    values = VLLM.read(document, ModelLimits())
+    if "messages" in values:
+        tokens = list(chat_prompts(values, model, uses)[0].token_ids)
+    else:
+        tokens = model.tokenizer.encode(values["prompt"], add_special_tokens=values.get("add_special_tokens", True))
     strings = [model.tokenizer.token_text(token) for token in tokens] if values.get("return_token_strs") else None
     return {
         "count": len(tokens),

@@ -9,15 +9,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ovms_lora.core.errors import InvalidFieldError, ModelNotFoundError
-from ovms_lora.server import v1_fields
-from ovms_lora.server.dialects import Dialect, Endpoint
+from ovms_lora.server import answer_types, v1_fields
+from ovms_lora.server.chat_shape import ChatShape
+from ovms_lora.server.dialects import AnswerTypes, Dialect, Endpoint
 from ovms_lora.server.errors import OPENAI_ERRORS
 from ovms_lora.server.model_cards import ModelCard
 from ovms_lora.server.prompts import chat_prompts, completion_prompts
 from ovms_lora.server.registry import ModelRegistry
 from ovms_lora.server.routes import dialect_router
-from ovms_lora.server.shapes import ChatShape, CompletionShape, ShapeStyle
-from ovms_lora.server.tokenize import vllm_tokenize
+from ovms_lora.server.shapes import CompletionShape, ShapeStyle
+from ovms_lora.server.tokenize import VLLM, vllm_tokenize
 
 _DEFAULT_TOKENS = 16
 
@@ -58,15 +59,28 @@ V1 = Dialect(
     name="V1",
     prefix="/v1",
     completions=Endpoint("cmpl", v1_fields.COMPLETIONS, completion_prompts, CompletionShape, _DEFAULT_TOKENS),
-    chat=Endpoint("chatcmpl", v1_fields.CHAT, chat_prompts, ChatShape),
+    chat=Endpoint("chatcmpl", v1_fields.CHAT, chat_prompts, ChatShape, is_chat=True),
     defaults=v1_fields.DEFAULTS,
     errors=OPENAI_ERRORS,
     style=ShapeStyle(completion_chunk="text_completion", openai=True),
     check_content_type=_check_content_type,
     model_name=_model_name,
+    head={"properties": {"model": {"type": ["string", "null"]}}},
+    tokenize_fields=VLLM,
     tokenize=vllm_tokenize,
     card=_card,
     no_such_card=_no_such_card,
+    answers=AnswerTypes(
+        completion=answer_types.CompletionV1,
+        completion_chunk=answer_types.CompletionChunkV1,
+        chat=answer_types.ChatV1,
+        chat_chunk=answer_types.ChatChunkV1,
+        tokens=answer_types.TokensV1,
+        card=answer_types.CardV1,
+        cards=answer_types.CardsV1,
+        error=answer_types.OpenAIError,
+        statuses=(400, 404, 415, 422, 503),
+    ),
 )
 
 router = dialect_router(V1)

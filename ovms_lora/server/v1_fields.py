@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ovms_lora.server import inputs
+from ovms_lora.server import constraints, inputs, tool_fields
 from ovms_lora.server.fields import (
     INT64_MAX,
     UINT32_MAX,
     Check,
     Field,
+    OnlyWith,
     Table,
     Together,
     Values,
@@ -26,6 +27,7 @@ from ovms_lora.server.fields import (
     items,
     needs_adapters,
     number,
+    takes,
     text,
     that,
     unsupported,
@@ -55,6 +57,19 @@ def _ignored(*names: str) -> tuple[Field, ...]:
     return tuple(Field(name) for name in names)
 
 
+def _replaced(name: str) -> Field:
+    """A field that vLLM had before `structured_outputs` and ignores now; here it is refused."""
+    return Field(name, that(lambda _: False, f"{name} is not supported; use structured_outputs", {"not": {}}))
+
+
+@takes(
+    {
+        "type": "object",
+        "maxProperties": MAX_LOGIT_BIAS,
+        "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    }
+)
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         raise ValueError("logit_bias must be an object")
@@ -78,13 +93,17 @@ def _asked_tokens(values: Values) -> int:
 
 _COMMON = (
     _boolean("stream"),
-    Field("stream_options", inputs.stream_options("include_usage", "continuous_usage_stats")),
+    Field(
+        "stream_options",
+        inputs.stream_options("include_usage", "continuous_usage_stats"),
+        only_with=OnlyWith("stream", "Stream options can only be defined when `stream=True`."),
+    ),
     _integer("max_tokens", 0),
     _number("temperature", 0, 2),
     Field(
         "top_p",
         number("top_p must be a number"),
-        that(lambda value: 0 < value <= 1, "top_p must be in (0, 1]"),
+        that(lambda value: 0 < value <= 1, "top_p must be in (0, 1]", {"exclusiveMinimum": 0, "maximum": 1}),
     ),
     _number("frequency_penalty", -2, 2),
     _number("presence_penalty", -2, 2),
@@ -98,15 +117,15 @@ _COMMON = (
     Field(
         "repetition_penalty",
         number("repetition_penalty must be a number"),
-        that(lambda value: value > 0, "repetition_penalty must be greater than zero"),
+        that(lambda value: value > 0, "repetition_penalty must be greater than zero", {"exclusiveMinimum": 0}),
     ),
     Field("length_penalty", number("length_penalty must be a number")),
+    _boolean("use_beam_search"),
     _integer("min_tokens", 0),
     Field(
         "stop_token_ids",
         array("stop_token_ids must be an array"),
-        items(integer("stop_token_ids must hold integers")),
-        items(at_least(0, "stop_token_ids must not be negative")),
+        items(integer("stop_token_ids must hold integers"), at_least(0, "stop_token_ids must not be negative")),
     ),
     _boolean("ignore_eos"),
     _boolean("skip_special_tokens"),
@@ -114,17 +133,13 @@ _COMMON = (
     _integer("prompt_logprobs", 0, 20),
     _boolean("add_special_tokens"),
     Field("cache_salt", text("cache_salt must be a string")),
-    Field("response_format", inputs.response_format),
+    Field("response_format", constraints.response_format),
+    Field("structured_outputs", constraints.structured_outputs),
     Field("lora_alphas", inputs.lora_alphas),
     Field("lora", inputs.lora),
-    _integer("best_of", 1),
+    _integer("best_of", 1, MAX_N),
     # What would change the answer, and cannot yet
-    unsupported("structured_outputs"),
-    unsupported("guided_json"),
-    unsupported("guided_regex"),
-    unsupported("guided_choice"),
-    unsupported("guided_grammar"),
-    unsupported("use_beam_search", False),
+    *map(_replaced, ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern")),
     unsupported("bad_words", []),
     unsupported("allowed_token_ids"),
     unsupported("truncate_prompt_tokens"),
@@ -135,7 +150,7 @@ _COMMON = (
 )
 
 _COMPLETIONS = (
-    Field("prompt", inputs.prompts, null=False),
+    Field("prompt", inputs.prompts, null=False, missing="prompt is missing"),
     _integer("logprobs", 0, 20),
     _boolean("echo"),
     unsupported("suffix", ""),
@@ -143,12 +158,13 @@ _COMPLETIONS = (
 )
 
 _CHAT = (
-    Field("messages", inputs.messages, null=False),
+    Field("messages", inputs.messages, null=False, missing="messages is missing"),
     _integer("max_completion_tokens", 0),
     _boolean("logprobs"),
     _integer("top_logprobs", 0, 20),
-    Field("tools", inputs.tools),
-    Field("tool_choice", inputs.tool_choice),
+    Field("tools", tool_fields.vllm_tools),
+    Field("tool_choice", tool_fields.vllm_tool_choice),
+    _boolean("parallel_tool_calls"),
     Field("chat_template_kwargs", an_object("chat_template_kwargs must be an object")),
     Field("reasoning_effort", text("reasoning_effort must be a string")),
     _boolean("add_generation_prompt"),
@@ -162,35 +178,39 @@ _CHAT = (
     unsupported("documents", []),
     unsupported("web_search_options"),
     *_ignored(
-        "metadata", "store", "service_tier", "parallel_tool_calls", "prediction", "safety_identifier",
+        "metadata", "store", "service_tier", "prediction", "safety_identifier",
         "prompt_cache_key", "verbosity",
     ),
 )  # fmt: skip
 
 _COMMON_TOGETHER = (
     Together(
-        "stream_options",
-        lambda v, _: "stream_options" in v and not v.get("stream"),
-        "Stream options can only be defined when `stream=True`.",
-    ),
-    Together(
         "max_tokens",
         lambda v, limits: limits.max_tokens_limit is not None and _asked_tokens(v) > limits.max_tokens_limit,
         "max_tokens must not be greater than {limits.max_tokens_limit}",
     ),
+    Together("structured_outputs", lambda v, _: constraints.asks_twice(v), constraints.MULTIPLE_SPECIFIED),
+    Together(
+        "use_beam_search",
+        lambda v, _: bool(v.get("use_beam_search") and v.get("stream")),
+        "Streaming is not currently supported with beam search",
+    ),
+    Together("best_of", lambda v, _: v.get("best_of", MAX_N) < v.get("n", 1), "best_of must not be less than n"),
+    Together(
+        "best_of",
+        lambda v, _: v.get("best_of", 1) > v.get("n", 1) and bool(v.get("stream")),
+        "best_of greater than n cannot be used with stream",
+    ),
+    Together(
+        "best_of",
+        lambda v, _: v.get("best_of", 1) > v.get("n", 1) and bool(v.get("use_beam_search")),
+        "best_of greater than n cannot be used with use_beam_search",
+    ),
     needs_adapters("lora_alphas"),
     needs_adapters("lora"),
-    # What the engine does not do yet: refused by name, never dropped.
-    Together("best_of", lambda v, _: v.get("best_of", 1) > v.get("n", 1), "best_of greater than n is not supported"),
-    Together(
-        "response_format",
-        lambda v, _: v.get("response_format", {}).get("type", "text") != "text",
-        "response_format other than text is not supported",
-    ),
 )
 
 _COMPLETIONS_TOGETHER = (
-    Together("prompt", lambda v, _: "prompt" not in v, "prompt is missing"),
     *_COMMON_TOGETHER,
     Together(
         "max_tokens",
@@ -205,7 +225,6 @@ _COMPLETIONS_TOGETHER = (
 )
 
 _CHAT_TOGETHER = (
-    Together("messages", lambda v, _: "messages" not in v, "messages is missing"),
     *_COMMON_TOGETHER,
     Together(
         "max_tokens",
@@ -218,14 +237,12 @@ _CHAT_TOGETHER = (
         "when using `top_logprobs`, `logprobs` must be set to true.",
     ),
     Together("prompt_logprobs", given("prompt_logprobs"), "prompt_logprobs is not supported for chat completions"),
-    Together(
-        "tool_choice",
-        lambda v, _: v.get("tool_choice", "auto") not in ("auto", "none"),
-        "tool_choice other than auto and none is not supported",
-    ),
+    tool_fields.NEEDS_TOOLS,
+    tool_fields.NAMES_A_TOOL,
+    tool_fields.ONE_CONSTRAINT,
 )
 
 COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)
 CHAT = Table((*_COMMON, *_CHAT), _CHAT_TOGETHER)
 
-DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False)
+DEFAULTS = SamplingDefaults(top_k=0, stop_string_in_streams=False, best_of_searches=False)

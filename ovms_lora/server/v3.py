@@ -9,17 +9,18 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from ovms_lora.core.errors import InvalidFieldError, MalformedBodyError, ModelNotFoundError
-from ovms_lora.server import v3_fields
-from ovms_lora.server.dialects import Dialect, Endpoint
+from ovms_lora.server import answer_types, v3_fields
+from ovms_lora.server.chat_shape import ChatShape
+from ovms_lora.server.dialects import AnswerTypes, Dialect, Endpoint
 from ovms_lora.server.errors import OVMS_ERRORS
 from ovms_lora.server.generation import read_document
 from ovms_lora.server.model_cards import ModelCard
 from ovms_lora.server.prompts import chat_prompts, completion_prompts
 from ovms_lora.server.registry import ModelRegistry
 from ovms_lora.server.routes import dialect_router
-from ovms_lora.server.shapes import ChatShape, CompletionShape, ShapeStyle
+from ovms_lora.server.shapes import CompletionShape, ShapeStyle
 from ovms_lora.server.state import state_of
-from ovms_lora.server.tokenize import ovms_tokenize
+from ovms_lora.server.tokenize import OVMS, ovms_tokenize
 
 _ENDPOINTS = "/v3/chat/completions, /v3/completions, /v3/tokenize"
 
@@ -54,15 +55,28 @@ V3 = Dialect(
     name="V3",
     prefix="/v3",
     completions=Endpoint("cmpl", v3_fields.COMPLETIONS, completion_prompts, CompletionShape),
-    chat=Endpoint("chatcmpl", v3_fields.CHAT, chat_prompts, ChatShape),
+    chat=Endpoint("chatcmpl", v3_fields.CHAT, chat_prompts, ChatShape, is_chat=True),
     defaults=v3_fields.DEFAULTS,
     errors=OVMS_ERRORS,
     style=ShapeStyle(completion_chunk="text_completion.chunk", openai=False),
     check_content_type=_check_content_type,
     model_name=_model_name,
+    head={"properties": {"model": {"type": "string"}, "stream": {"type": "boolean"}}, "required": ["model"]},
+    tokenize_fields=OVMS,
     tokenize=ovms_tokenize,
     card=_card,
     no_such_card=_no_such_card,
+    answers=AnswerTypes(
+        completion=answer_types.CompletionV3,
+        completion_chunk=answer_types.CompletionChunkV3,
+        chat=answer_types.ChatV3,
+        chat_chunk=answer_types.ChatChunkV3,
+        tokens=answer_types.TokensV3,
+        card=answer_types.CardV3,
+        cards=answer_types.CardsV3,
+        error=answer_types.OvmsError,
+        statuses=(400, 404, 412, 503),
+    ),
 )
 
 router = dialect_router(V3)

@@ -5,10 +5,11 @@ Owns the OVMS dialect's table and defaults; what the checks do stands in `fields
 
 from __future__ import annotations
 
-from ovms_lora.server import inputs
+from ovms_lora.server import constraints, inputs, tool_fields
 from ovms_lora.server.fields import (
     UINT32_MAX,
     Field,
+    OnlyWith,
     Table,
     Together,
     an_object,
@@ -28,7 +29,11 @@ _COUNT_LIMIT = "{} value can't be greater than 4294967295"
 
 _COMMON = (
     Field("stream"),
-    Field("stream_options", inputs.stream_options("include_usage")),
+    Field(
+        "stream_options",
+        inputs.stream_options("include_usage"),
+        only_with=OnlyWith("stream", "stream_options provided, but stream not set to true"),
+    ),
     Field(
         "max_tokens",
         uint32("max_tokens is not an unsigned integer", _COUNT_LIMIT.format("max_tokens")),
@@ -43,12 +48,20 @@ _COMMON = (
     Field(
         "min_p",
         number("min_p is not a valid number"),
-        that(lambda value: 0 <= value < 1, "min_p out of range [0.0, 1.0)"),
+        that(
+            lambda value: 0 <= value < 1,
+            "min_p out of range [0.0, 1.0)",
+            {"minimum": 0, "exclusiveMaximum": 1},
+        ),
     ),
     Field(
         "top_k",
         integer("top_k is not an integer"),
-        that(lambda value: value == -1 or value >= 1, "top_k must be -1 (all tokens) or a positive integer"),
+        that(
+            lambda value: value == -1 or value >= 1,
+            "top_k must be -1 (all tokens) or a positive integer",
+            {"minimum": -1, "not": {"const": 0}},
+        ),
     ),
     Field(
         "frequency_penalty",
@@ -77,19 +90,19 @@ _COMMON = (
     ),
     Field("ignore_eos", boolean("ignore_eos accepts values true or false")),
     Field("skip_special_tokens", boolean("skip_special_tokens is not a bool")),
-    Field("response_format", inputs.response_format),
+    Field("response_format", constraints.response_format),
     Field("lora_alphas", inputs.lora_alphas),
     Field("lora", inputs.lora),
 )
 
 _COMPLETIONS = (
-    Field("prompt", inputs.prompts, null=False),
+    Field("prompt", inputs.prompts, null=False, missing="prompt is missing"),
     Field("logprobs", integer("logprobs accepts integer values"), within(0, 20, "logprobs out of range [0, 20]")),
     Field("echo", boolean("echo accepts values true or false")),
 )
 
 _CHAT = (
-    Field("messages", inputs.messages, null=False),
+    Field("messages", inputs.messages, null=False, missing="Messages missing in request"),
     Field(
         "max_completion_tokens",
         uint32("max_completion_tokens is not an unsigned integer", _COUNT_LIMIT.format("max_completion_tokens")),
@@ -100,21 +113,19 @@ _CHAT = (
         integer("top_logprobs accepts integer values"),
         within(0, 20, "top_logprobs out of range [0, 20]"),
     ),
-    Field("tools", inputs.tools),
-    Field("tool_choice", inputs.tool_choice),
+    Field("tool_choice", tool_fields.ovms_tool_choice),
+    Field("tools", tool_fields.ovms_tools),
+    Field("parallel_tool_calls", boolean("parallel_tool_calls is not a bool")),
     Field("chat_template_kwargs", an_object("chat_template_kwargs must be an object")),
     Field("add_generation_prompt", boolean("add_generation_prompt is not a bool")),
     Field(
-        "chat_template", text("chat_template is not a string"), that(lambda _: False, "chat_template is not allowed")
+        "chat_template",
+        text("chat_template is not a string"),
+        that(lambda _: False, "chat_template is not allowed", {"not": {}}),
     ),
 )
 
 _COMMON_TOGETHER = (
-    Together(
-        "stream_options",
-        lambda v, _: "stream_options" in v and not v.get("stream"),
-        "stream_options provided, but stream not set to true",
-    ),
     Together(
         "max_tokens",
         lambda v, limits: limits.max_tokens_limit is not None and v.get("max_tokens", 0) >= limits.max_tokens_limit,
@@ -138,17 +149,9 @@ _COMMON_TOGETHER = (
     Together("n", lambda v, _: v.get("n", 1) > v.get("best_of", 1), "n value cannot be greater than best_of"),
     needs_adapters("lora_alphas"),
     needs_adapters("lora"),
-    # What the engine does not do yet: refused by name, never dropped.
-    Together("best_of", lambda v, _: v.get("best_of", 1) > 1, "best_of greater than 1 is not supported"),
-    Together(
-        "response_format",
-        lambda v, _: v.get("response_format", {}).get("type", "text") != "text",
-        "response_format other than text is not supported",
-    ),
 )
 
 _COMPLETIONS_TOGETHER = (
-    Together("prompt", lambda v, _: "prompt" not in v, "prompt is missing"),
     *_COMMON_TOGETHER,
     Together(
         "max_tokens",
@@ -158,7 +161,6 @@ _COMPLETIONS_TOGETHER = (
 )
 
 _CHAT_TOGETHER = (
-    Together("messages", lambda v, _: "messages" not in v, "Messages missing in request"),
     *_COMMON_TOGETHER,
     Together(
         "max_completion_tokens",
@@ -177,14 +179,11 @@ _CHAT_TOGETHER = (
         lambda v, _: "top_logprobs" in v and not v.get("logprobs"),
         "top_logprobs requires logprobs to be true",
     ),
-    Together(
-        "tool_choice",
-        lambda v, _: v.get("tool_choice", "auto") not in ("auto", "none"),
-        "tool_choice other than auto and none is not supported",
-    ),
+    tool_fields.NAMES_A_TOOL,
+    tool_fields.ONE_CONSTRAINT,
 )
 
 COMPLETIONS = Table((*_COMMON, *_COMPLETIONS), _COMPLETIONS_TOGETHER)
 CHAT = Table((*_COMMON, *_CHAT), _CHAT_TOGETHER)
 
-DEFAULTS = SamplingDefaults(top_k=40, stop_string_in_streams=True)
+DEFAULTS = SamplingDefaults(top_k=40, stop_string_in_streams=True, best_of_searches=True)

@@ -169,6 +169,9 @@ BAD = {
     ),
     "a pickle": (pickle.dumps({"a": list(range(100))}), "adapter_format"),
     "a pickle of protocol 2": (pickle.dumps({"a": list(range(100))}, protocol=2), "adapter_format"),
+    "a pickle of no length": (b"\x80\x04" + bytes(4096), "adapter_format"),
+    "a pickle of nothing": (b"\x80\x04N.", "adapter_format"),
+    "an empty zip": (b"PK\x05\x06" + bytes(18), "adapter_format"),
     "a GGUF file": (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "adapter_format"),
     "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "adapter_header"),
 }

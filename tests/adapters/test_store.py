@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from ovms_lora.adapters import store as store_module
 from ovms_lora.adapters.adapter import Adapter, load_adapter
-from ovms_lora.adapters.store import AdapterStore
+from ovms_lora.adapters.store import AdapterStore, Registered
 from ovms_lora.core.errors import AdapterError, AdapterNotFoundError, UnknownAliasError
 from tests.adapters.adapter_files import good_config, tiny_base, write_adapter
 
@@ -80,7 +80,7 @@ class StoreMachine(RuleBasedStateMachine):
         adapter = self.store.read(folder)
         self.used(adapter.digest)
         before = self.aliases.get(alias)
-        self.store.register(alias, folder, adapter, alpha=1.0, pinned=False)
+        self.store.register(Registered.of(alias, folder, adapter, alpha=1.0, pinned=False))
         self.aliases[alias] = (folder, adapter.digest)
         if before:
             self.gone(before[1])
@@ -145,7 +145,7 @@ def store() -> Iterator[AdapterStore]:
 def add(store: AdapterStore, alias: str, folder: Path, *, lora_alpha: float = 4) -> Adapter:
     write_adapter(folder, config=good_config(lora_alpha=lora_alpha))
     adapter = store.read(folder)
-    store.register(alias, folder, adapter, alpha=1.0, pinned=False)
+    store.register(Registered.of(alias, folder, adapter, alpha=1.0, pinned=False))
     return adapter
 
 

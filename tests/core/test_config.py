@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from ovms_lora.core.config import EngineOptions, ModelEntry, parse_server_config, read_server_config
 from ovms_lora.core.errors import ConfigError
@@ -100,7 +102,7 @@ BAD_TEXTS = [
     (text(unknown=1), "unknown"),
     (text({"config": entry()["config"], "extra": 1}), "model_config_list.0.extra"),
     (text({}), "model_config_list.0.config"),
-    (text(entry(nireq=2)), "model_config_list.0.config.nireq"),
+    (text(entry(nirek=2)), "model_config_list.0.config.nirek: unknown key"),
     (json.dumps({"model_config_list": {}}), "model_config_list"),
     (json.dumps({"model_config_list": [1]}), "model_config_list.0"),
     (json.dumps({"model_config_list": [{"config": {"name": "a"}}]}), "base_path"),
@@ -123,6 +125,8 @@ BAD_MODELS: list[tuple[list[dict[str, Any]], str]] = [
     ([entry(lora_adapters=[{**ADAPTER, "alpha": "strong"}])], "lora_adapters.0.alpha"),
     ([entry(lora_adapters=[{**ADAPTER, "alpha": float("nan")}])], "lora_adapters.0.alpha"),
     ([entry(lora_adapters=[{**ADAPTER, "alpha": float("-inf")}])], "lora_adapters.0.alpha"),
+    ([entry(lora_adapters=[{**ADAPTER, "alpha": 1e300}])], "lora_adapters.0.alpha"),
+    ([entry(lora_adapters=[{**ADAPTER, "alpha": -1001}])], "lora_adapters.0.alpha"),
     ([entry(lora_adapters=ADAPTER)], "lora_adapters"),
     (
         [entry(lora_adapters=[ADAPTER], composite_lora_adapters=[composite("mix", component("other"))])],
@@ -151,11 +155,40 @@ def test_a_bad_config_is_refused_with_its_cause(document: str, cause: str) -> No
     with pytest.raises(ConfigError) as refused:
         parse_server_config(document)
     assert cause in refused.value.message
-    assert "\n" not in refused.value.message
+    assert refused.value.message.startswith("config.json")
+    assert refused.value.hint
+    assert "\n" not in refused.value.message + refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("document", "place"),
+    [
+        (text(entry("a b")), "model_config_list.0.config.name"),
+        (text(entry("a"), entry("a")), "model_config_list.1.config.name"),
+        (text(entry("a"), mediapipe_config_list=[{"name": "a"}]), "mediapipe_config_list.0.name"),
+        (
+            text(entry("a"), entry("b", lora_adapters=[ADAPTER, {**ADAPTER, "alias": "a/b"}])),
+            "model_config_list.1.config.lora_adapters.1.alias",
+        ),
+        (text(entry(lora_adapters=[ADAPTER, ADAPTER])), "model_config_list.0.config.lora_adapters.1.alias"),
+        (
+            text(
+                entry(lora_adapters=[ADAPTER], composite_lora_adapters=[composite("mix", component(), component("x"))])
+            ),
+            "model_config_list.0.config.composite_lora_adapters.0.components.1.adapter_alias",
+        ),
+        (text(entry(lora_options={"pinned": ["sql"]})), "model_config_list.0.config.lora_options.pinned.0"),
+        (text(**{"a\nb\x1b": 1}), "a\\nb\\x1b"),
+    ],
+)
+def test_the_place_of_a_fault_is_named(document: str, place: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_server_config(document)
+    assert refused.value.message.startswith(f"config.json: {place}: ")
 
 
 def test_a_model_by_itself_refuses_a_name_used_twice() -> None:
-    with pytest.raises(ConfigError, match="the name 'sql' is used twice"):
+    with pytest.raises(ValidationError, match="the name 'sql' is used twice"):
         ModelEntry.model_validate(entry(lora_adapters=[ADAPTER, ADAPTER])["config"])
 
 
@@ -168,13 +201,17 @@ def test_a_file_is_read_and_named_in_errors(tmp_path: Path) -> None:
         read_server_config(path)
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe{}", "folder"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe{}", "folder", "pipe", "endless", b" " * ((16 << 20) + 1)])
 def test_a_file_that_cannot_be_read_is_named_with_a_hint(tmp_path: Path, content: bytes | str | None) -> None:
     path = tmp_path / "config.json"
     if isinstance(content, bytes):
         path.write_bytes(content)
-    elif content:
+    elif content == "folder":
         path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)
+    elif content == "endless":
+        path.symlink_to("/dev/zero")
     with pytest.raises(ConfigError, match="cannot read") as refused:
         read_server_config(path)
     assert str(path) in refused.value.message

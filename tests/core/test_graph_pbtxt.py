@@ -1,10 +1,12 @@
 import json
+from typing import Any
 
 import pytest
 
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph, render_graph
+from tests import ovms_repository
 
 # As OVMS's own exporter writes it: spaces in the type's name, colons before braces, commas, single quotes.
 OVMS_GRAPH = """
@@ -92,23 +94,74 @@ def test_a_graph_of_ovms_is_read_with_ovms_defaults() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({}, EngineOptions(enable_prefix_caching=False)),
+        ({"cache_size": 10}, EngineOptions(enable_prefix_caching=False, cache_size=10)),
+        ({"enable_prefix_caching": True}, EngineOptions()),
+        (
+            {"max_num_batched_tokens": 4096, "dynamic_split_fuse": False},
+            EngineOptions(enable_prefix_caching=False, max_num_batched_tokens=4096, dynamic_split_fuse=False),
+        ),
+        ({"max_num_seqs": 7}, EngineOptions(enable_prefix_caching=False, max_num_seqs=7)),
+        ({"device": "HETERO:GPU,CPU"}, EngineOptions(enable_prefix_caching=False, device="HETERO:GPU,CPU")),
+        (
+            {"plugin_config": {"KV_CACHE_PRECISION": "u8", "CACHE_DIR": "/c"}},
+            EngineOptions(enable_prefix_caching=False, plugin_config={"KV_CACHE_PRECISION": "u8", "CACHE_DIR": "/c"}),
+        ),
+        ({"response_parser": "hermes3"}, EngineOptions(enable_prefix_caching=False, tool_parser="hermes3")),
+        (
+            {"tool_parser": "llama3", "reasoning_parser": "qwen3", "enable_tool_guided_generation": True},
+            EngineOptions(
+                enable_prefix_caching=False,
+                tool_parser="llama3",
+                reasoning_parser="qwen3",
+                enable_tool_guided_generation=True,
+            ),
+        ),
+        (
+            {"best_of_limit": 3, "max_tokens_limit": 100},
+            EngineOptions(enable_prefix_caching=False, best_of_limit=3, max_tokens_limit=100),
+        ),
+        ({"pipeline_type": "LM"}, EngineOptions(enable_prefix_caching=False)),
+        ({"draft_models_path": "./draft"}, EngineOptions(enable_prefix_caching=False)),
+    ],
+)
+def test_what_ovms_s_exporter_writes_is_read(written: dict[str, Any], read: EngineOptions) -> None:
+    assert parse_graph(ovms_repository.graph(**written)).options == read
+
+
 def test_the_older_response_parser_is_the_tool_parser() -> None:
     assert parse_graph(graph('response_parser: "hermes3"')).options.tool_parser == "hermes3"
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "named"),
     [
-        'draft_models_path: "./draft"',
-        "pipeline_type: LM_CB",
-        "block_size: 32",
-        "cache_eviction_config { aggregation_mode: SUM start_size: 32 recent_size: 64 max_cache_size: 128 }",
-        "sparse_attention_config { mode: XATTENTION xattention_threshold: 0.8 }",
-        "chat_template_mode: MINJA",
+        ('draft_models_path: "./draft"', "draft_models_path"),
+        ("pipeline_type: LM_CB", "pipeline_type"),
+        ("block_size: 32", "block_size"),
+        (
+            "cache_eviction_config { aggregation_mode: SUM start_size: 32 recent_size: 64 max_cache_size: 128 }",
+            "cache_eviction_config",
+        ),
+        ("sparse_attention_config { mode: XATTENTION xattention_threshold: 0.8 }", "sparse_attention_config"),
+        ("cache_interval_multiplier: 2", "cache_interval_multiplier"),
+        ("chat_template_mode: MINJA", "chat_template_mode"),
     ],
 )
-def test_options_that_change_no_answer_are_let_pass(option: str) -> None:
-    assert parse_graph(graph(option)).options == parse_graph(graph()).options
+def test_options_that_change_no_answer_are_let_pass_and_named(option: str, named: str) -> None:
+    read = parse_graph(graph(option))
+    assert read.options == parse_graph(graph()).options
+    assert read.without_effect == (named,)
+
+
+def test_properties_of_ovms_s_pipeline_are_no_properties_of_the_device() -> None:
+    properties = '{"prompt_lookup": true, "ATTENTION_BACKEND": "PA", "NUM_STREAMS": "1"}'
+    read = parse_graph(graph().replace('{"KV_CACHE_PRECISION": "u8"}', properties))
+    assert read.options.plugin_config == {"NUM_STREAMS": "1"}
+    assert read.without_effect == ("prompt_lookup", "ATTENTION_BACKEND")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ def test_values_are_accepted(values: dict[str, Any]) -> None:
         ({"prompt_logprobs": 21}, "prompt_logprobs must be between 0 and 20, got 21."),
         ({"logit_bias": {1: NAN}}, "logit_bias must hold finite numbers."),
         ({"beam_width": 0}, "beam_width must be at least 1, got 0."),
+        ({"beam_width": 2, "n": 3}, "n must be less than or equal to beam_width=2, got 3."),
+        ({"length_penalty": float("inf")}, "sampling values must be finite numbers."),
     ],
 )
 def test_values_are_refused(values: dict[str, Any], message: str) -> None:
@@ -90,7 +92,12 @@ def test_stop_is_one_string_or_several(stop: Any, stops: tuple[str, ...]) -> Non
 
 
 def test_stop_token_ids_can_be_a_list() -> None:
-    assert SamplingParams(stop_token_ids=[1, 2]).stop_token_ids == (1, 2)  # type: ignore[arg-type]
+    assert SamplingParams(stop_token_ids=[1, 2]).stop_token_ids == (1, 2)
+
+
+def test_none_is_the_same_as_nothing_given() -> None:
+    nothing: Any = None
+    assert SamplingParams(stop=nothing, stop_token_ids=nothing, logit_bias=nothing) == SamplingParams()
 
 
 def test_temperature_zero_is_greedy() -> None:

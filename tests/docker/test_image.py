@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from tests.docker.images import Container, Image, Images, running
-from tests.real.conftest import ROOT, export
-from tests.real.test_smollm2 import PROMPT
+from tests.real.client import PROMPT, ROOT
+from tests.real.conftest import export
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
 
@@ -72,16 +72,23 @@ def serving(image: Image, models: Path, *arguments: str, port: int, user: str | 
         yield container
 
 
-def post(port: int, body: dict[str, Any], host: str = "127.0.0.1") -> Any:
-    """Send a completion; return the open answer."""
+def post(port: int, body: dict[str, Any], host: str = "127.0.0.1", path: str = "completions") -> Any:
+    """Send a request; return the open answer."""
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"http://{host}:{port}/v3/completions", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(f"http://{host}:{port}/v3/{path}", json.dumps(body).encode(), headers)
     return urllib.request.urlopen(request, timeout=60)
 
 
 def complete(port: int, model: str, host: str = "127.0.0.1") -> str:
     with post(port, {"model": model, "prompt": PROMPT, "max_tokens": 24, "temperature": 0}, host) as answer:
         return str(json.load(answer)["choices"][0]["text"])
+
+
+def chat(port: int) -> str:
+    """Ask in the form that takes the model's chat template, which runs in a process of its own."""
+    body = {"model": "base_model", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    with post(port, body | {"max_tokens": 24, "temperature": 0}, path="chat/completions") as answer:
+        return str(json.load(answer)["choices"][0]["message"]["content"])
 
 
 def test_the_image_is_small(image: Image) -> None:
@@ -118,6 +125,7 @@ def test_the_documented_line_of_ovms_serves_base_and_adapter_under_a_read_only_r
         assert base.strip()
         assert sql.strip().startswith("SELECT")
         assert base != sql
+        assert "Paris" in chat(port)
 
 
 def test_one_model_by_its_path_any_user_and_another_address(image: Image, models: Path) -> None:

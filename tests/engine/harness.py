@@ -86,6 +86,10 @@ class Answers:
     def __contains__(self, request_id: str) -> bool:
         return (request_id, 0) in self._answers
 
+    def forget(self, request_id: str) -> None:
+        """Make room for another request of the same id."""
+        self._answers = {key: answer for key, answer in self._answers.items() if key[0] != request_id}
+
     def wait(self, *requests: GenerationRequest) -> None:
         keys = [(request.request_id, index) for request in requests for index in range(request.sampling.n)]
         with self._changed:

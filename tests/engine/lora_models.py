@@ -12,7 +12,7 @@ import itertools
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from ovms_lora.core.graph_pbtxt import render_graph
 from ovms_lora.core.request import AdapterUse, GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine import runner
-from ovms_lora.engine.lora_runtime import AdapterSpec, LoraConfig, LoraRuntime
+from ovms_lora.engine.lora_config import AdapterSpec, LoraConfig
+from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.model import LoadedModel, load_model
 from tests.engine.harness import Answer, Answers
 from tests.tiny_llama import build_tiny_llama
@@ -54,6 +55,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "phi3": ("Phi3", {}),
+    "gemma": ("Gemma", {"head_dim": 16}),
     "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}),
 }
 Array = npt.NDArray[np.float32]
@@ -169,7 +171,9 @@ def _family(name: str) -> Any:
 
 
 def _export(model: Any, folder: Path) -> None:
-    with warnings.catch_warnings(), mock.patch.multiple(_gemma(), MAX_TRANSFORMERS_VERSION="999"):
+    with warnings.catch_warnings(), ExitStack() as patches:
+        for config in _gemmas():
+            patches.enter_context(mock.patch.object(config, "MAX_TRANSFORMERS_VERSION", "999"))
         warnings.simplefilter("ignore")
         from ovms_lora.export.convert import write_ir
         from ovms_lora.export.weight_format import WeightFormat
@@ -180,11 +184,11 @@ def _export(model: Any, folder: Path) -> None:
         gc.unfreeze()
 
 
-def _gemma() -> Any:
+def _gemmas() -> tuple[Any, ...]:
     # optimum-intel 2.2 refuses Gemma (1 and 2) beside transformers above 5.0, but converts it rightly.
-    from optimum.exporters.openvino.model_configs import Gemma2OpenVINOConfig
+    from optimum.exporters.openvino.model_configs import Gemma2OpenVINOConfig, GemmaOpenVINOConfig
 
-    return Gemma2OpenVINOConfig
+    return GemmaOpenVINOConfig, Gemma2OpenVINOConfig
 
 
 def log_probabilities(model: Any, tokens: Sequence[int]) -> Array:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 
 from ovms_lora.core.request import GenerationRequest
+from ovms_lora.engine.beam import BeamSearch
 from ovms_lora.engine.block_pool import BlockPool
-from ovms_lora.engine.sampler import Sampler
+from ovms_lora.engine.output import OutputProcessor
+from ovms_lora.engine.sampler import FloatArray, Sampler
 from ovms_lora.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from ovms_lora.engine.sequence import Sequence, SequenceStatus
-from tests.fakes import FakeRunner
+from tests.fakes import FakeRunner, byte_tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class FakeAdapter:
 
     digest: str
     max_rank: int = 4
+    chat_template: None = None
 
 
 class ContextRunner(FakeRunner):
@@ -44,7 +48,8 @@ class MoodyResidency:
         self.held: list[Sequence] = []
 
     def acquire(self, sequence: Sequence) -> bool:
-        if self.refusals:
+        beside_its_like = any(holder.request is sequence.request for holder in self.held)
+        if self.refusals and not beside_its_like:
             self.refusals -= 1
             return False
         self.held.append(sequence)
@@ -55,27 +60,56 @@ class MoodyResidency:
 
 
 class Stepper:
-    """One scheduler, pool and fake device."""
+    """One scheduler, pool and fake device. Requests with a beam width search, others sample."""
 
-    def __init__(self, limits: SchedulerLimits, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        *,
+        num_blocks: int,
+        block_size: int,
+        residency: MoodyResidency | None = None,
+        before_step: Callable[[Seq[Chunk]], None] | None = None,
+        copies_blocks: bool = True,
+    ) -> None:
         self.limits = limits
         self.pool = BlockPool(num_blocks, block_size)
-        self.runner = ContextRunner(num_blocks=num_blocks, block_size=block_size)
-        self.residency = MoodyResidency()
-        self.scheduler = Scheduler(self.pool, limits, self.residency)
+        self.runner = ContextRunner(
+            num_blocks=num_blocks, block_size=block_size, before_step=before_step, copies_blocks=copies_blocks
+        )
+        self.residency = residency or MoodyResidency()
+        self.scheduler = Scheduler(self.pool, limits, self.residency, copies_blocks=copies_blocks)
         self.sampler = Sampler()
+        self.output = OutputProcessor(byte_tokenizer(), [], num_blocks * block_size)
         self.finished: list[Sequence] = []
+        self.searches: dict[Sequence, BeamSearch] = {}  # of each beam of now
+        self.found: dict[BeamSearch, list[list[int]]] = {}
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
-        sequences = [Sequence(request, index) for index in range(request.sampling.n)]
+        count = request.sampling.n if request.sampling.beam_width == 1 else 1
+        sequences = [Sequence(request, index) for index in range(count)]
         for sequence in sequences:
             self.scheduler.add(sequence)
         return sequences
+
+    def search(self, request: GenerationRequest) -> BeamSearch:
+        (root,) = self.add(request)
+        self.output.add(root)
+        self.searches[root] = search = BeamSearch(root, self.output)
+        return search
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Take out a sequence, with all other beams of its search."""
+        search = self.searches.get(sequence)
+        for each in [beam for beam, of in self.searches.items() if of is search] if search else [sequence]:
+            self.searches.pop(each, None)
+            self.scheduler.finish(each)
 
     def step(self) -> list[Chunk]:
         """Schedule, run and sample once; end sequences that have all their tokens."""
         chunks = self.scheduler.schedule()
         self.check_plan(chunks)
+        self.runner.copy_blocks(self.scheduler.copies)
         logits = self.runner.run(chunks)
         self.scheduler.computed(chunks)
         ends = np.cumsum([chunk.num_sampled for chunk in chunks], dtype=np.int64)
@@ -84,19 +118,38 @@ class Stepper:
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         for sequence, sampled in zip(sampling, self.sampler.sample(logits[rows], sampling), strict=True):
             assert sampled is not None
+            if sequence in self.searches:
+                continue
             sequence.token_ids.append(sampled.token_id)
             if sequence.num_output == sequence.request.sampling.max_tokens:
                 self.scheduler.finish(sequence)
                 self.finished.append(sequence)
+        for row, sequence in zip(rows, sampling, strict=True):
+            if sequence in self.searches:
+                self._offer(sequence, logits[row])
         self.check_books()
         return chunks
+
+    def _offer(self, sequence: Sequence, row: FloatArray) -> None:
+        search = self.searches[sequence]
+        search.offer(sequence, row, row)
+        if not search.ready:
+            return
+        parents = [beam for beam, of in self.searches.items() if of is search]
+        forks = search.advance()
+        self.scheduler.replace(parents, forks)
+        for parent in parents:
+            del self.searches[parent]
+        self.searches.update({fork.child: search for fork in forks})
+        if not forks:
+            self.found[search] = [list(result.token_ids) for result in search.results]
 
     def run_to_the_end(self) -> int:
         """Step until nothing is left, in no more steps than the work can need; return their number."""
         live = [*self.scheduler.waiting, *self.scheduler.running]
-        bound = (
-            64 + self.residency.refusals + 2 * sum(s.num_tokens + (s.request.sampling.max_tokens or 0) for s in live)
-        )
+        # Beams that have room for one of them only are computed one after another, each from the beginning.
+        work = [(s.num_tokens + (s.request.sampling.max_tokens or 0)) * s.request.sampling.beam_width**2 for s in live]
+        bound = 64 + self.residency.refusals + 2 * sum(work) * 4
         steps = 0
         while self.scheduler.has_work:
             assert steps < bound, "a sequence starves"
@@ -127,9 +180,15 @@ class Stepper:
             assert pool.references(block) == holders
         assert pool.num_free == sum(pool.references(block) == 0 for block in range(pool.num_blocks))
         assert all(not sequence.blocks for sequence in [*scheduler.waiting, *self.finished])
+        assert scheduler.num_waiting_requests == len({s.request.request_id for s in scheduler.waiting})
         arrivals = [sequence.arrival for sequence in scheduler.waiting]
         assert arrivals == sorted(arrivals)
         assert sorted(s.arrival for s in self.residency.held) == sorted(s.arrival for s in scheduler.running)
+
+
+def results_alone(request: GenerationRequest) -> list[list[int]]:
+    """Return what a beam search finds when it is alone on a device with room for everything."""
+    return list(_search_alone(_Hashable(request)))
 
 
 def tokens_alone(request: GenerationRequest, index: int) -> list[int]:
@@ -141,7 +200,7 @@ class _Hashable:
     def __init__(self, request: GenerationRequest) -> None:
         sampling = request.sampling
         self.request = request
-        chosen_by = (sampling.seed, sampling.temperature, sampling.max_tokens, sampling.n)
+        chosen_by = (sampling.seed, sampling.temperature, sampling.max_tokens, sampling.n, sampling.beam_width)
         self.key = (request.prompt_token_ids, request.adapters, *chosen_by)
 
     def __eq__(self, other: object) -> bool:
@@ -153,11 +212,21 @@ class _Hashable:
 
 @functools.lru_cache(maxsize=4096)
 def _all_alone(hashable: _Hashable) -> list[list[int]]:
-    answers = []
-    for index in range(hashable.request.sampling.n):
-        stepper = Stepper(SchedulerLimits(prefix_caching=False), num_blocks=64, block_size=4)
-        sequence = Sequence(hashable.request, index)
-        stepper.scheduler.add(sequence)
-        stepper.run_to_the_end()
-        answers.append(sequence.output_token_ids)
-    return answers
+    return [run_alone(hashable.request, index) for index in range(hashable.request.sampling.n)]
+
+
+def run_alone(request: GenerationRequest, index: int) -> list[int]:
+    """As `tokens_alone`, and keeps nothing of the request."""
+    stepper = Stepper(SchedulerLimits(prefix_caching=False), num_blocks=64, block_size=4)
+    sequence = Sequence(request, index)
+    stepper.scheduler.add(sequence)
+    stepper.run_to_the_end()
+    return sequence.output_token_ids
+
+
+@functools.lru_cache(maxsize=4096)
+def _search_alone(hashable: _Hashable) -> list[list[int]]:
+    stepper = Stepper(SchedulerLimits(prefix_caching=False), num_blocks=64, block_size=4)
+    search = stepper.search(hashable.request)
+    stepper.run_to_the_end()
+    return stepper.found[search]

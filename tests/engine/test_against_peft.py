@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ovms_lora.core.request import AdapterUse
-from ovms_lora.engine.lora_runtime import AdapterSpec, CompositeSpec, LoraConfig
+from ovms_lora.engine.lora_config import AdapterSpec, CompositeSpec, LoraConfig
 from tests.adapters.adapter_files import safetensors_bytes
 from tests.engine.lora_models import (
     FAMILIES,
@@ -62,6 +62,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "float16": {"target_modules": ALL, "dtype": "float16"},
     "bfloat16": {"target_modules": ALL, "dtype": "bfloat16"},
     "fan_in_fan_out": {"target_modules": ["q_proj"], "fan_in_fan_out": True},
+    "rslora in float16": {"target_modules": ALL, "r": 32, "use_rslora": True, "dtype": "float16"},
+    "patterns that name the head": {
+        "target_modules": ALL,
+        "rank_pattern": {"lm_head": 9},
+        "alpha_pattern": {"lm_head": 3},
+    },
 }
 
 
@@ -108,6 +114,27 @@ def check(served: Served, base: Base, adapters: tuple[AdapterUse, ...], oracle: 
 def test_every_feature_gives_the_numbers_of_peft(feature: str, served: Served, llama: Base, tmp_path: Path) -> None:
     folder = llama.adapter(tmp_path / "adapter", **FEATURES[feature])
     check(served, llama, uses(served, folder), llama.with_peft((folder, 1.0)))
+
+
+def test_each_row_of_a_mixed_batch_has_the_numbers_of_its_own_peft_model(
+    served: Served, llama: Base, parts: dict[str, Path]
+) -> None:
+    rows: list[dict[str, float]] = [
+        {},
+        {"wide": 1.0},
+        {"attention": 1.0},
+        {},
+        {"head": 1.0},
+        {"wide": 0.7, "head": -1.0},
+    ]
+    prompts = [prompt(length, seed=5) for length in (3, 33, 1, 64, 17, 40)]
+    asks = [
+        replace(ASK, prompt=tokens, adapters=served.lora.blend(list(row.items())))
+        for tokens, row in zip(prompts, rows, strict=True)
+    ]
+    for row, tokens, answer in zip(rows, prompts, served.together(*asks), strict=True):
+        oracle = llama.with_peft(*((parts[name], alpha) for name, alpha in row.items()))
+        assert drift(answer, tokens, log_probabilities(oracle, [*tokens, *answer.token_ids])) <= TOLERANCE
 
 
 def test_the_base_beside_adapters_is_the_base(served: Served, llama: Base) -> None:

@@ -52,6 +52,19 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.pool.release(table)
         self.free += [block for block in reversed(table) if self.count(block) == 0]
 
+    @precondition(lambda self: any(self.tables) and self.free)
+    @rule(data=st.data())
+    def fork_and_write(self, data: st.DataObject) -> None:
+        """A second holder of a table gets a block of its own in the place of the last one."""
+        table = data.draw(st.sampled_from([table for table in self.tables if table]))
+        self.pool.retain(table)
+        (own,) = self.pool.allocate(1)
+        assert own == self.free.pop(0)
+        self.keys = {key: block for key, block in self.keys.items() if block != own}
+        self.pool.release(table[-1:])
+        self.tables.append([*table[:-1], own])
+        assert self.pool.references(table[-1]) == self.count(table[-1]) > 0
+
     @rule(keys=st.lists(st.sampled_from(KEYS), max_size=4))
     def take_cached(self, keys: list[PrefixKey]) -> None:
         known = next((at for at, key in enumerate(keys) if key not in self.keys), len(keys))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ovms_lora.core.chat_template import TemplateSource
 from ovms_lora.core.errors import InvalidFieldError, ModelFolderError
-from ovms_lora.engine import chat
+from ovms_lora.engine import template_program
 from ovms_lora.engine.chat import ChatTemplate
 
 CHATML = (
@@ -63,6 +65,25 @@ def test_tools_are_none_when_there_are_none() -> None:
 
 def test_variables_of_the_request_reach_the_template() -> None:
     assert render("{{ enable_thinking }}{{ missing }}", enable_thinking=False) == "False"
+
+
+def test_generation_blocks_only_group() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.role }};{% endgeneration %}{% endfor %}"
+    assert render(source) == "system;user;"
+
+
+def test_requests_with_tools_take_the_tool_template() -> None:
+    template = ChatTemplate(TemplateSource("plain", "with {{ tools | length }}"))
+    assert [template.render([]), template.render([], tools=[]), template.render([], tools=[{}])] == [
+        "plain",
+        "plain",
+        "with 1",
+    ]
+
+
+def test_a_tool_template_that_does_not_compile_is_refused() -> None:
+    with pytest.raises(ModelFolderError, match="does not compile"):
+        ChatTemplate(TemplateSource("plain", "{% for %}"))
 
 
 def test_strftime_now_is_today() -> None:
@@ -147,10 +168,52 @@ def test_messages_are_as_before() -> None:
 
 
 def test_the_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "_MAX_OUTPUT_CHARS", 1000)
-    assert len(render("{% for i in range(1000) %}x{% endfor %}")) == 1000
-    with pytest.raises(InvalidFieldError, match="too long"):
-        render("{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}")
+    monkeypatch.setattr(template_program, "_MAX_OUTPUT_CHARS", 1000)
+    request = {"source": "{% for i in range(n) %}x{% endfor %}", "values": {"n": 1000}}
+    assert template_program.answer(request) == {"text": "x" * 1000}
+    request = {**request, "values": {"n": 1001}}
+    assert template_program.answer(request) == {"refused": "its output is too long"}
+
+
+# What spends without end.
+
+HOSTILE = [
+    "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
+    "{{ 9**(n * 10**9) }}",
+    "{{ 'x' * (n * 10**11) }}",
+    "{{ [1] * (n * 10**11) }}",
+    "{{ '%99999999999d' % n }}",
+    "{{ 'x'.center(10**12) }}",
+    "{{ 'x' | indent(n * 10**12) }}",
+    "{{ lipsum(n=n * 10**9) }}",
+    "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+    "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}",
+    "{% macro f(n) %}{% for i in range(9) %}{{ f(n) if n else '' }}{% endfor %}{% endmacro %}{{ f(500) }}",
+    "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(50) }}",
+]
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+def test_time_and_memory_are_bounded(source: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(InvalidFieldError, match=r"too much time or memory|recursion|too long") as refused:
+        render(source, n=1)
+    assert refused.value.param == "messages"
+    assert time.monotonic() - started < 10  # of a busy machine; half a second of processor time
+
+
+@pytest.mark.parametrize("source", ["{{ 9**(10**9) }}", "{{ 'x' * 10**11 }}"])
+def test_constants_are_bounded_where_they_are_folded(source: str) -> None:
+    with pytest.raises((ModelFolderError, InvalidFieldError), match="too much time or memory"):
+        render(source)
+
+
+def test_after_a_hostile_template_others_render() -> None:
+    template = ChatTemplate(CHATML)
+    with pytest.raises(InvalidFieldError):
+        render(HOSTILE[0])
+    assert template.render(MESSAGES) == render(CHATML)
 
 
 # Templates that are none.

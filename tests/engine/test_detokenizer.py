@@ -127,7 +127,7 @@ def test_flushing_twice_gives_nothing_more() -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelFolderError, match=r"no tokenizer\.json"):
+    with pytest.raises(ModelFolderError, match=r"neither tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
 
 

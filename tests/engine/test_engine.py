@@ -497,6 +497,43 @@ def test_a_full_queue_refuses_the_next_request_and_recovers() -> None:
         answers.wait(request("again"))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_queue_counts_requests_and_not_their_sequences(n: int) -> None:
+    runner = FakeRunner()
+    runner.gate.clear()
+    requests = [request(str(number), n=n) for number in range(4)]
+    with running(runner, *requests[:1], max_waiting=3, max_num_seqs=n) as (engine, answers):
+        eventually(lambda: engine.stats().running == n)
+        for each in requests[1:]:
+            engine.submit(each)
+        engine.cancel("nobody")
+        assert engine.stats().waiting == 3
+        with pytest.raises(QueueFullError):
+            engine.submit(request("too many"))
+        runner.gate.set()
+        answers.wait(*requests)
+
+
+def test_an_id_that_is_in_use_is_refused_and_free_when_its_request_has_ended() -> None:
+    runner = FakeRunner()
+    runner.gate.clear()
+    first, second = request("twin"), request("twin", "other")
+    with running(runner, first) as (engine, answers):
+        for _ in range(2):  # in the inbox, then in the engine
+            with pytest.raises(InvalidFieldError, match="twin runs already"):
+                engine.submit(second)
+            eventually(lambda: engine.stats().running == 1)
+        runner.gate.set()
+        answers.wait(first)
+        assert answers["twin"].text == alone(first)
+        eventually(lambda: engine.stats().running == 0)
+        engine.cancel("twin")
+        answers.forget("twin")
+        engine.submit(second)
+        answers.wait(second)
+    assert answers["twin"].text == alone(second)
+
+
 # Stopping.
 
 

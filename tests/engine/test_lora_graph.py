@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ovms_lora.engine.device import openvino_core
+from ovms_lora.engine.linears import find_linears, group_linears
+from ovms_lora.engine.lora_graph import LoraForm, insert_lora
 from ovms_lora.engine.lora_rows import SequenceTiles
+from ovms_lora.engine.paged_graph import read_paged_model
+from tests.engine.lora_models import LINEARS, Ask, Bases, prompt, serving
 from tests.engine.toy_graph import SHAPES, Toy, adapter, assert_close, expected, toy, toy_model
 
 X = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
 ONE = adapter({"m.q": 2, "m.v": 1, "m.o": 3, "head": 2}, seed=1)
 TWO = adapter({"m.v": 2, "head": 1}, seed=2, scaling=-0.5)
+OTHER = adapter({"m.q": 3, "m.o": 1, "head": 2}, seed=5, scaling=0.5)
 TILES = {ONE.digest: np.array([3, 0]), TWO.digest: np.array([1])}
 
 
@@ -98,9 +106,40 @@ def test_a_graph_for_other_devices_holds_standard_operations_only() -> None:
     assert all(kind.startswith("opset") for kind in kinds), kinds
 
 
-def test_it_compiles_behind_another_device_name() -> None:
-    found = filled(device="HETERO:CPU").run(X, {0: using(a1=1.0)})
-    assert_close(found, expected(X, [[(ONE, 1.0)], [], [], [], []]))
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", ["HETERO:CPU", "AUTO:CPU", "MULTI:CPU", "BATCH:CPU"])
+def test_it_runs_behind_another_device_name(device: str, dtype: str) -> None:
+    made = filled(device=device, dtype=dtype)
+    for strength in (1.0, -0.5):
+        found = made.run(X, {0: using(a1=strength), 3: using(a2=1.0)})
+        assert_close(found, expected(X, [[(ONE, strength)], [], [], [(TWO, 1.0)], []]), dtype)
+    made.states.write(TILES["1"], OTHER)
+    assert_close(made.run(X, {1: using(a1=1.0)}), expected(X, [[], [(OTHER, 1.0)], [], [], []]), dtype)
+
+
+@pytest.mark.parametrize("device", ["HETERO:CPU", "AUTO:CPU"])
+def test_a_real_graph_takes_adapters_behind_another_device_name(device: str, bases: Bases, tmp_path: Path) -> None:
+    llama = bases.get("llama")
+    folder = llama.adapter(tmp_path / "x", target_modules=[*LINEARS, "lm_head"])
+    asks = [Ask(prompt(30)), Ask(prompt(9))]
+    tokens = {}
+    for name in ("CPU", device):
+        with serving(llama.folder, {"x": folder}, engine={"device": name}) as model:
+            uses = model.lora.select("x")
+            tokens[name] = model.tokens(*asks, *(replace(each, adapters=uses) for each in asks))
+    assert tokens[device] == tokens["CPU"]
+
+
+def test_what_is_added_to_a_real_graph_is_standard_operations(bases: Bases) -> None:
+    folder = bases.get("llama").folder
+    before = read_paged_model(openvino_core(), folder)
+    after = read_paged_model(openvino_core(), folder)
+    groups = group_linears(find_linears(after))
+    paths = [linear.path for group in groups for linear in group.linears]
+    insert_lora(after, groups, paths, LoraForm(16, "bf16", zero_row=True), head="lm_head")
+    kinds = Counter(op.get_type_info().version_id for op in after.get_ops())
+    kinds -= Counter(op.get_type_info().version_id for op in before.get_ops())
+    assert kinds and all(kind.startswith("opset") for kind in kinds), kinds
 
 
 def test_huge_values_of_one_adapter_leave_other_rows_alone() -> None:

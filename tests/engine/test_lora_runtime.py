@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from ovms_lora.adapters.store import AdapterStore
-from ovms_lora.core.config import EngineOptions
+from ovms_lora.core.config import EngineOptions, LoraOptions
 from ovms_lora.core.errors import (
     AdapterError,
     AdapterExistsError,
@@ -28,7 +27,8 @@ from ovms_lora.core.errors import (
 )
 from ovms_lora.core.request import AdapterUse
 from ovms_lora.engine.graph_source import GraphSource
-from ovms_lora.engine.lora_runtime import AdapterSpec, CompositeSpec, LoraConfig
+from ovms_lora.engine.lora_config import AdapterSpec, CompositeSpec, LoraConfig
+from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.lora_states import host_dtype
 from tests.engine.lora_models import LINEARS, Ask, Base, Bases, Served, prompt, serving
 
@@ -201,8 +201,7 @@ def test_more_adapters_than_places_run_in_waves(max_loras: int, llama: Base, mor
     with serving(llama.folder, more, max_loras=max_loras, max_cpu_loras=4) as model:
         asks = [ask(model, alias, 12) for alias in more]
         assert model.tokens(*asks, *reversed(asks)) == expected + expected[::-1]
-        assert model.lora.residency
-        assert len(model.lora.residency.resident) <= max_loras
+        assert len(model.lora.graphs.residency.resident) <= max_loras
 
 
 def test_the_graph_grows_while_requests_run(served: Served, llama: Base, folders: dict[str, Path]) -> None:
@@ -362,6 +361,33 @@ def test_what_was_asked_for_before_others_were_pinned_still_runs(llama: Base, mo
         assert model.alone(blend) == expected
 
 
+def test_a_pinned_adapter_stays_in_the_graph(llama: Base, more: dict[str, Path]) -> None:
+    specs = [AdapterSpec(alias, folder, pinned=alias == "a0") for alias, folder in more.items()]
+    with serving(llama.folder, specs, max_loras=2) as model:
+        for alias in more:
+            model.alone(ask(model, alias, 5))
+            assert {card.alias for card in model.lora.cards() if card.resident} == {"a0", alias}
+
+
+def test_adapters_configured_together_have_room_together(llama: Base, more: dict[str, Path]) -> None:
+    parts = ("a0", "a1", "a2")
+    with serving(llama.folder, {}) as model:
+        specs = tuple(AdapterSpec(alias, more[alias]) for alias in parts)
+        model.lora.apply(
+            LoraConfig(adapters=specs, composites=(CompositeSpec("mix", tuple((part, None) for part in parts)),))
+        )
+        model.alone(*(ask(model, alias, 5) for alias in parts))
+        assert all(card.resident for card in model.lora.cards() if not card.components)
+        assert len(model.lora.select("mix")) == 3
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_a_rank_beyond_the_total_is_refused_at_start_too(rank: int, llama: Base, more: dict[str, Path]) -> None:
+    config = LoraConfig(LoraOptions(total_rank=rank), (AdapterSpec("a0", more["a0"]),))
+    lora = LoraRuntime(GraphSource(llama.folder, EngineOptions()), config)
+    assert (lora.failures.keys() == {"a0"}) == (rank < 4)
+
+
 def test_a_folder_gone_bad_is_the_request_s_error(llama: Base, folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["three"], tmp_path / "three")
     shutil.copytree(folders["eight"], tmp_path / "eight")
@@ -398,17 +424,37 @@ def test_a_configured_adapter_that_is_bad_is_left_out(llama: Base, folders: dict
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_a_host_adapter_takes_its_own_bytes_and_hardly_more(dtype: str, llama: Base, tmp_path: Path) -> None:
+def test_twenty_further_host_adapters_take_their_own_bytes_and_give_them_back(
+    dtype: str, llama: Base, tmp_path: Path
+) -> None:
     targets = [*LINEARS, "lm_head"]
-    folders = [llama.adapter(tmp_path / str(n), seed=n, r=48, target_modules=targets, dtype="bfloat16") for n in (0, 1)]
-    linears = GraphSource(llama.folder, EngineOptions()).linears
-    store = AdapterStore(linears, max_lora_rank=64, max_cpu_loras=8, dtype=host_dtype(dtype))
-    store.read(folders[0])
+    folders = [llama.adapter(tmp_path / "0", r=48, target_modules=targets, dtype="bfloat16")]
+    for number in range(1, 21):  # another digest each
+        folders.append(tmp_path / str(number))
+        shutil.copytree(folders[0], folders[-1])
+        text = (folders[-1] / "adapter_config.json").read_text()
+        (folders[-1] / "adapter_config.json").write_text(text.replace('"lora_alpha": 8', f'"lora_alpha": {8 + number}'))
+    options = LoraOptions.model_validate({"lora_dtype": dtype})
+    config = LoraConfig(options, (AdapterSpec("0", folders[0]),))
+    lora = LoraRuntime(GraphSource(llama.folder, EngineOptions()), config)
+    gc.collect()
     tracemalloc.start()
-    further = store.read(folders[1])
+    for number in range(1, 21):
+        lora.load(AdapterSpec(str(number), folders[number]))
     gc.collect()
     taken = tracemalloc.get_traced_memory()[0]
+    (pair_bytes,) = {use.adapter.nbytes for number in range(21) for use in _loaded(lora, str(number))}
+    values = sum(pair.a.size + pair.b.size for pair in _loaded(lora, "1")[0].adapter.layers.values())
+    for number in range(1, 21):
+        lora.unload(str(number))
+    gc.collect()
+    left = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    values = sum(pair.a.size + pair.b.size for pair in further.layers.values())
-    assert further.nbytes == values * host_dtype(dtype).itemsize
-    assert taken <= 1.1 * further.nbytes
+    assert pair_bytes == values * host_dtype(dtype).itemsize
+    assert taken <= 1.1 * 20 * pair_bytes
+    assert left <= 0.05 * 20 * pair_bytes
+
+
+def _loaded(lora: LoraRuntime, alias: str) -> tuple[Any, ...]:
+    entry, adapter = lora.store.get(alias)
+    return (AdapterUse(adapter, entry.alpha),)

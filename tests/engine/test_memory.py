@@ -45,6 +45,18 @@ def test_file_cache_that_the_kernel_gives_back_is_not_used_up(tmp_path: Path) ->
     assert available_memory(machine(tmp_path, limit=str(4 * GIB), used=str(4 * GIB), stat=stat)) == 2 * GIB
 
 
+@pytest.mark.parametrize(
+    ("limit", "available"), [(str(4 * GIB), 2 * GIB), (str(9223372036854771712), 8 * GIB), (str(GIB), 0)]
+)
+def test_the_first_version_of_control_groups_counts_too(tmp_path: Path, limit: str, available: int) -> None:
+    group = machine(tmp_path) / "sys/fs/cgroup/memory"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (group / "memory.usage_in_bytes").write_text(f"{3 * GIB}\n")
+    (group / "memory.stat").write_text(f"inactive_file 5\ntotal_inactive_file {GIB}\n")
+    assert available_memory(tmp_path) == available
+
+
 def test_a_kernel_that_does_not_say_has_little(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 1 kB\n")

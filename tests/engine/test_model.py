@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
+from ovms_lora.core.graph_pbtxt import render_graph
 from ovms_lora.engine.model import read_generation_defaults, read_max_model_len, read_options
 
 
@@ -20,6 +22,15 @@ def test_defaults_come_from_generation_config(tmp_path: Path) -> None:
     defaults = read_generation_defaults(tmp_path)
     assert (defaults.temperature, defaults.top_k, defaults.eos_token_ids) == (0.5, 7, (2, 3))
     assert defaults.top_p is None
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [(True, True), (False, False), ("never", "never"), ("always", None), (1, None)]
+)
+def test_the_rule_to_stop_a_beam_search(tmp_path: Path, written: object, read: object) -> None:
+    write(tmp_path, "generation_config.json", early_stopping=written, length_penalty=0.5)
+    defaults = read_generation_defaults(tmp_path)
+    assert (defaults.early_stopping, defaults.length_penalty) == (read, 0.5)
 
 
 def test_the_graph_may_name_another_file(tmp_path: Path) -> None:
@@ -48,3 +59,12 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_folder_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="is not a folder"):
         read_options(tmp_path / "gone")
+
+
+def test_unknown_parsers_are_refused_with_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "graph.pbtxt").write_text(render_graph(EngineOptions(tool_parser="hermes3", reasoning_parser="qwen3")))
+    assert read_options(tmp_path)[1].tool_parser == "hermes3"
+    (tmp_path / "graph.pbtxt").write_text(render_graph(EngineOptions(tool_parser="hermes")))
+    with pytest.raises(ModelFolderError, match="unknown tool_parser 'hermes'") as refused:
+        read_options(tmp_path)
+    assert refused.value.hint and "hermes3" in refused.value.hint

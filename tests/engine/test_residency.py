@@ -13,9 +13,9 @@ from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.request import AdapterUse, GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine.engine import Engine
-from ovms_lora.engine.lora_states import TileIndices
 from ovms_lora.engine.residency import LoraResidency
 from ovms_lora.engine.sequence import Sequence
+from tests.engine.fake_tiles import FakeTiles
 from tests.engine.harness import TOKENIZER, Answers
 from tests.fakes import EOS, FakeRunner
 
@@ -30,28 +30,6 @@ DIGESTS = st.sampled_from(sorted(ADAPTERS))
 USES = st.lists(st.tuples(DIGESTS, st.sampled_from([-1.5, 0.5, 1.0])), max_size=3)
 
 
-class FakeStates:
-    """Tiles of two rank rows that remember who was written into them last."""
-
-    width = 2
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.owner: list[str] = []
-
-    def resize(self, count: int) -> None:
-        self.owner = [*self.owner[:count], *[""] * (count - self.count)]
-        self.count = count
-
-    def write(self, tiles: TileIndices, adapter: Adapter) -> None:
-        assert len(set(tiles.tolist())) == len(tiles) == -(-adapter.max_rank // self.width)
-        for tile in tiles:
-            self.owner[tile] = adapter.digest
-
-    def tiles(self, digest: str) -> list[int]:
-        return [tile for tile, owner in enumerate(self.owner) if owner == digest]
-
-
 def sequence(*uses: tuple[str, float], name: str = "r") -> Sequence:
     adapters = tuple(AdapterUse(ADAPTERS[digest], alpha) for digest, alpha in uses)
     return Sequence(GenerationRequest(name, (1,), SamplingParams(), adapters), 0)
@@ -62,7 +40,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @initialize(total_rank=st.integers(5, 12), max_loras=st.integers(1, 4))
     def start(self, total_rank: int, max_loras: int) -> None:
-        self.states = FakeStates()
+        self.states = FakeTiles()
         self.residency = LoraResidency(self.states, total_rank=total_rank, max_loras=max_loras)
         self.held: list[Sequence] = []
         self.pinned: set[str] = set()
@@ -125,7 +103,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule()
     def move(self) -> None:
         before = self.residency.resident
-        self.states = FakeStates()
+        self.states = FakeTiles()
         self.residency.move(self.states)
         assert self.residency.resident == before
         assert self.states.count == sum(-(-ADAPTERS[digest].max_rank // 2) for digest in before)
@@ -167,7 +145,7 @@ TestResidency.settings = settings(max_examples=120, stateful_step_count=30, dead
 
 
 def residency(total_rank: int = 8, max_loras: int = 3) -> LoraResidency:
-    return LoraResidency(FakeStates(), total_rank=total_rank, max_loras=max_loras)
+    return LoraResidency(FakeTiles(), total_rank=total_rank, max_loras=max_loras)
 
 
 def test_the_least_recently_used_goes_first() -> None:
@@ -243,7 +221,7 @@ def run(first: list[str], again: list[str], *, max_loras: int, total_rank: int, 
         max_model_len=64,
         eos_token_ids=[EOS],
         max_waiting=10_000,
-        residency=LoraResidency(FakeStates(), total_rank=total_rank, max_loras=max_loras),
+        residency=LoraResidency(FakeTiles(), total_rank=total_rank, max_loras=max_loras),
     )
     requests = [request(name, digest) for name, digest in asked]
     for each in requests:

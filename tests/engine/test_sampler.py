@@ -234,6 +234,12 @@ def test_logprobs_are_the_log_softmax_of_the_row(scale: float) -> None:
     assert [value for _, value in found.top] == pytest.approx(np.sort(expected)[::-1][:20].tolist(), abs=2e-5)
 
 
+def test_the_rank_counts_the_tokens_that_are_more_probable() -> None:
+    row = logits(300)
+    order = np.argsort(-row, kind="stable")
+    assert [token_logprob(row, int(order[place]), 2).rank for place in (0, 1, 7, 299)] == [1, 2, 8, 300]
+
+
 def test_logprobs_are_those_before_penalties_and_temperature() -> None:
     row = logits(300)
     found = chosen(row, sequence(temperature=0.1, seed=1, presence_penalty=2.0, output=[5], logprobs=4))

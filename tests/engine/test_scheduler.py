@@ -11,9 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from ovms_lora.core.request import AdapterUse, GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.engine.beam import BeamSearch
 from ovms_lora.engine.scheduler import NoAdapters, SchedulerLimits
 from ovms_lora.engine.sequence import Sequence, SequenceStatus
-from tests.engine.stepping import FakeAdapter, Stepper, tokens_alone
+from tests.engine.stepping import FakeAdapter, Stepper, results_alone, tokens_alone
 
 LETTERS = [ord("a"), ord("b")]
 
@@ -33,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.cancelled: set[Sequence] = set()
         self.all: list[Sequence] = []
+        self.searches: dict[BeamSearch, GenerationRequest] = {}
 
     @initialize(
         num_blocks=st.integers(2, 8),
@@ -41,9 +43,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 12),
         split=st.booleans(),
         caching=st.booleans(),
+        copies=st.booleans(),
     )
     def start(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, split: bool, caching: bool
+        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, split: bool, caching: bool, copies: bool
     ) -> None:
         limits = SchedulerLimits(
             max_num_seqs=max_num_seqs,
@@ -52,7 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_caching=caching,
             max_bypasses=2,
         )
-        self.stepper = Stepper(limits, num_blocks=num_blocks, block_size=block_size)
+        self.stepper = Stepper(limits, num_blocks=num_blocks, block_size=block_size, copies_blocks=copies)
 
     @rule(
         data=st.data(),
@@ -78,6 +81,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
         )
 
+    @rule(data=st.data(), width=st.integers(2, 4), asks_prompt=st.booleans(), adapter=st.sampled_from(["", "x"]))
+    def search(self, data: st.DataObject, width: int, asks_prompt: bool, adapter: str) -> None:
+        room = self.stepper.pool.num_blocks * self.stepper.pool.block_size
+        prompt = data.draw(st.lists(st.sampled_from(LETTERS), min_size=1, max_size=room - 1))
+        max_tokens = data.draw(st.integers(1, room - len(prompt)))
+        prompt_logprobs = 0 if asks_prompt else None
+        searching = request(
+            prompt=prompt,
+            adapter=adapter,
+            n=width,
+            beam_width=width,
+            max_tokens=max_tokens,
+            prompt_logprobs=prompt_logprobs,
+        )
+        self.searches[self.stepper.search(searching)] = searching
+
     @rule(count=st.integers(1, 3))
     def step(self, count: int) -> None:
         for _ in range(count):
@@ -93,8 +112,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         scheduler = self.stepper.scheduler
         sequence = data.draw(st.sampled_from([*scheduler.waiting, *scheduler.running]))
-        scheduler.finish(sequence)
         self.cancelled.add(sequence)
+        self.searches.pop(self.stepper.searches.get(sequence), None)  # type: ignore[arg-type]  # None is no key
+        self.stepper.cancel(sequence)
         self.stepper.check_books()
 
     @rule()
@@ -105,7 +125,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.status is SequenceStatus.FINISHED
             if sequence not in self.cancelled:
                 assert sequence.output_token_ids == tokens_alone(sequence.request, sequence.index)
+        for search, searching in self.searches.items():
+            assert self.stepper.found[search] == results_alone(searching)
         self.all.clear()
+        self.searches.clear()
 
     def teardown(self) -> None:
         if hasattr(self, "stepper"):
@@ -177,7 +200,7 @@ def test_a_known_prefix_is_computed_once() -> None:
     (again,) = caching.add(request(length=10))
     (chunk,) = caching.step()
     assert (chunk.start, chunk.count, again.num_cached) == (8, 2, 8)
-    assert (caching.scheduler.prefix_queries, caching.scheduler.prefix_hits) == (20, 8)
+    assert (caching.scheduler.blocks.prefix_queries, caching.scheduler.blocks.prefix_hits) == (20, 8)
 
 
 def test_the_last_token_of_a_known_prompt_is_still_computed() -> None:

@@ -81,7 +81,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--plugin_config", "{"], "not JSON", "--help"),
         (["--plugin_config", "[]"], "not a JSON object", "--help"),
         (["--target_device", "TOASTER"], "'TOASTER' is not a device", "--help"),
-        (["--adapter", "sql=nan"], "nan is not a finite number", "1.0"),
+        (["--adapter", "sql=nan"], "nan is not between -1000 and 1000", "1.0"),
         (["--adapter", ""], "--adapter is empty", "folder"),
         (
             ["--kv_cache_precision", "u8", "--plugin_config", '{"KV_CACHE_PRECISION": "f32"}'],

@@ -30,9 +30,11 @@ def test_a_colon_that_no_number_follows_is_part_of_the_path() -> None:
         ("a=x,a=y", "names 'a' twice"),
         ("a=x,a=@a", "names 'a' twice"),
         ("mix=@a", "'a', which is not in the list"),
+        ("a=@b,b=@a", "'b', which is a composite itself, and not an adapter"),
         ("a=x,mix=@a+b", "'b' of 'mix' is not @alias:alpha"),
         ("a=x,mix=@a:much", "'@a:much' of 'mix' is not @alias:alpha"),
-        ("a=x:inf", "inf is not a finite number"),
+        ("a=x:inf", "inf is not between -1000 and 1000"),
+        ("a=x,mix=@a:-1e9", "-1e9 is not between -1000 and 1000"),
         ("a=x,mix=@", "not valid"),
     ],
 )

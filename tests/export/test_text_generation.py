@@ -237,12 +237,16 @@ def test_an_adapter_of_links_as_in_the_hubs_cache_is_copied_as_files(
     linked.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (linked / name).symlink_to(sources.sql / name)
+    (tmp_path / "template").write_text("own")
+    (linked / "chat_template.jinja").symlink_to(tmp_path / "template")
     repository = ["--model_repository_path", str(exported.repository), "--model_name", "base"]
     flags = [*repository, "--weight-format", "fp32", "--source_loras", f"linked={linked}"]
     assert workshop.export(sources.base, *flags) == 0
     copies = list((exported.repository / "loras" / "linked").iterdir())
-    assert len(copies) == 2
+    assert {path.name for path in copies} == {path.name for path in linked.iterdir()}
     assert not any(path.is_symlink() for path in copies)
+    (tmp_path / "template").write_text("another")
+    assert workshop.export(sources.base, *flags) == 1
 
 
 def test_an_adapter_of_another_base_is_refused_before_the_base_is_published(

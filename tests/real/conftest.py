@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from ovms_lora.export.cli import main
+from tests.real.client import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+PRECISE = '{"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}'
+SQL = str(ROOT / "examples" / "adapters" / "sql")
 CACHE = ROOT / ".cache" / "models"
 
 
@@ -31,8 +33,13 @@ def _gguf() -> Path:
 @pytest.fixture(scope="session")
 def exact_base() -> Path:
     """The base in fp32, to be computed in f32: the numbers of transformers."""
-    precise = '{"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}'
-    return export("exact_base", "--weight-format", "fp32", "--plugin_config", precise)
+    return export("exact_base", "--weight-format", "fp32", "--plugin_config", PRECISE)
+
+
+@pytest.fixture(scope="session")
+def exact_merged() -> Path:
+    """Base and `sql` adapter merged, as exact as the base."""
+    return export("exact_merged", "--weight-format", "fp32", "--plugin_config", PRECISE, "--adapter", SQL)
 
 
 @pytest.fixture(scope="session")
@@ -44,4 +51,4 @@ def int8_base() -> Path:
 @pytest.fixture(scope="session")
 def int8_merged() -> Path:
     """Base and `sql` adapter merged, in int8, as the demo has it."""
-    return export("int8_merged", "--weight-format", "int8", "--adapter", str(ROOT / "examples" / "adapters" / "sql"))
+    return export("int8_merged", "--weight-format", "int8", "--adapter", SQL)

@@ -1,6 +1,7 @@
 """`ovms-lora` with fake models: what a test starts as a process of its own.
 
-Each step takes `STEP_SECONDS` of the environment, so that a test can do something in the middle of a stream.
+Each step takes `STEP_SECONDS` of the environment, so that a test can do something in the middle of a stream; texts may
+be `MODEL_LENGTH` long, and `MAX_WAITING` requests may wait.
 """
 
 from __future__ import annotations
@@ -21,5 +22,9 @@ def runner() -> FakeRunner:
 
 
 if __name__ == "__main__":
-    ovms_lora.engine.model.load_model = FakeModels(runner=runner, max_model_len=2048)  # type: ignore[assignment]
+    ovms_lora.engine.model.load_model = FakeModels(  # type: ignore[assignment]
+        runner=runner,
+        max_model_len=int(os.environ.get("MODEL_LENGTH", "2048")),
+        max_waiting=int(os.environ.get("MAX_WAITING", "256")),
+    )
     sys.exit(cli.main())

@@ -19,13 +19,16 @@ from ovms_lora.core.errors import ModelFolderError, OvmsLoraError
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.graph_source import LoraTargets
-from ovms_lora.engine.lora_runtime import LoraConfig, LoraRuntime
+from ovms_lora.engine.lora_config import LoraConfig
+from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel
+from ovms_lora.engine.structured import ConstraintCompiler
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import ConfigFile, ModelSource, SingleModel
 from ovms_lora.server.options import ServerOptions
 from ovms_lora.server.state import ServerState
 from tests.adapters.adapter_files import good_config, tiny_base, write_adapter
+from tests.engine.fake_tiles import FakeTiles
 from tests.fakes import EOS, FakeRunner, byte_tokenizer
 
 TEMPLATE = (
@@ -34,20 +37,21 @@ TEMPLATE = (
 
 
 class FakeGraphs:
-    """A graph source whose linears are those of `tiny_base`, and whose rank rows take everything."""
+    """A graph source whose linears are those of `tiny_base`, and whose tiles take everything."""
 
     linears = tiny_base()
     inference_dtype = "f32"
+    affords_plain = True
 
     def compile(self, targets: LoraTargets) -> SimpleNamespace:
-        return SimpleNamespace(states=SimpleNamespace(write=lambda rows, adapter: None), targets=targets)
+        return SimpleNamespace(states=FakeTiles(targets.width), targets=targets)
 
 
 class AdoptingRunner:
     """Takes every graph."""
 
-    def adopt(self, graph: object) -> None:
-        del graph
+    def adopt(self, graph: object, *, keep_plain: bool) -> None:
+        del graph, keep_plain
 
 
 @dataclass
@@ -67,7 +71,14 @@ class FakeModels:
     engines: list[Engine] = field(default_factory=list)
 
     def __call__(
-        self, folder: Path, *, deliver: Deliver, plugin_config: Mapping[str, Any], lora: LoraConfig | None
+        self,
+        folder: Path,
+        *,
+        deliver: Deliver,
+        graph_path: str | None,
+        device: str | None,
+        plugin_config: Mapping[str, Any],
+        lora: LoraConfig | None,
     ) -> LoadedModel:
         if "broken" in folder.name:
             raise ModelFolderError(f"{folder.name} is not a model", hint="export it again")
@@ -84,14 +95,15 @@ class FakeModels:
             max_model_len=self.max_model_len,
             eos_token_ids=self.defaults.eos_token_ids,
             max_waiting=self.max_waiting,
-            residency=runtime.residency if runtime else None,
+            residency=runtime.graphs.residency if runtime else None,
         )
         if runtime:
-            runtime.attach(engine, AdoptingRunner())  # type: ignore[arg-type]
+            runtime.graphs.attach(engine, AdoptingRunner())  # type: ignore[arg-type]
         engine.start()
         self.engines.append(engine)
         template = ChatTemplate(self.template) if self.template else None
-        return LoadedModel(folder, engine, tokenizer, template, self.defaults, self.options, runtime)
+        constraints = ConstraintCompiler(tokenizer, self.defaults.eos_token_ids)
+        return LoadedModel(folder, engine, tokenizer, template, self.defaults, self.options, constraints, runtime)
 
 
 def write_config(folder: Path, *names: str) -> Path:

@@ -98,7 +98,7 @@ async def test_a_running_request_keeps_what_is_unloaded(open_to_updates: Served,
     ("body", "status", "message", "param"),
     [
         ({}, 400, "Both 'lora_name' and 'lora_path' must be provided.", "lora_name"),
-        ({"lora_name": "x"}, 400, "Both 'lora_name' and 'lora_path' must be provided.", "lora_name"),
+        ({"lora_name": "x"}, 400, "Both 'lora_name' and 'lora_path' must be provided.", "lora_path"),
         ({"lora_path": "x"}, 400, "Both 'lora_name' and 'lora_path' must be provided.", "lora_name"),
         ({"lora_name": "", "lora_path": "l"}, 400, "Both 'lora_name' and 'lora_path' must be provided.", "lora_name"),
         ({"lora_name": 1, "lora_path": "l"}, 400, "lora_name must be a string", "lora_name"),

@@ -102,8 +102,9 @@ REFUSALS = [
     ("mix", {"lora_alphas": {"sql": "1"}}, "lora_alphas value for 'sql' must be a number"),
     ("mix", {"lora_alphas": {"sql": None}}, "lora_alphas value for 'sql' must be a number"),
     ("mix", {"lora_alphas": {"sql": True}}, "lora_alphas value for 'sql' must be a number"),
-    ("mix", {"lora_alphas": {"sql": 1e39}}, "lora_alphas value for 'sql' must be a number"),
-    ("mix", {"lora_alphas": {"sql": 10**400}}, "lora_alphas value for 'sql' must be a number"),
+    ("mix", {"lora_alphas": {"sql": 1000.1}}, "lora_alphas value for 'sql' out of range(-1000.0, 1000.0)"),
+    ("mix", {"lora_alphas": {"sql": 1e300}}, "lora_alphas value for 'sql' out of range(-1000.0, 1000.0)"),
+    ("sql", {"lora_alphas": {"sql": -(10**400)}}, "lora_alphas value for 'sql' out of range(-1000.0, 1000.0)"),
     ("mix", {"lora_alphas": {"x": 1}}, "lora_alphas key 'x' is not part of composite 'mix'"),
     ("sql", {"lora_alphas": {"tools": 1}}, "lora_alphas key 'tools' not allowed when targeting adapter 'sql'"),
     ("base:sql", {"lora_alphas": {"x": 1}}, "lora_alphas key 'x' not allowed when targeting adapter 'sql'"),
@@ -115,6 +116,16 @@ REFUSALS = [
     ("base", {"lora": [{"alias": 1}]}, "lora must hold objects with an alias"),
     ("base", {"lora": [{"alias": "sql", "weight": 1}]}, "lora must hold objects of alias and alpha only"),
     ("base", {"lora": [{"alias": "sql", "alpha": "1"}]}, "lora alpha for 'sql' must be a number"),
+    (
+        "base",
+        {"lora": [{"alias": "sql", "alpha": -1e39}]},
+        "lora alpha for 'sql' out of range(-1000.0, 1000.0)",
+    ),
+    (
+        "base",
+        {"lora": [{"alias": "sql", "alpha": 2**70}]},
+        "lora alpha for 'sql' out of range(-1000.0, 1000.0)",
+    ),
     ("base", {"lora": [{"alias": "sql"}, {"alias": "sql"}]}, "lora names an adapter twice"),
     ("base", {"lora": [{"alias": "sql"}] * 65}, "lora must have no more than 64 adapters"),
 ]
@@ -131,6 +142,23 @@ async def test_refusals(adapted: Served, path: str, model: str, fields: dict[str
         assert error == OVMS_PREFIX + message
     else:
         assert (error["message"], error["param"]) == (message, next(iter(fields)))
+
+
+@pytest.mark.parametrize("path", [*PATHS, *CHATS])
+@pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"1e300", b"9" * 400])
+@pytest.mark.parametrize("field", [b'"lora_alphas": {"sql": %s}', b'"lora": [{"alias": "sql", "alpha": %s}]'])
+async def test_numbers_that_no_float_holds(adapted: Served, path: str, number: bytes, field: bytes) -> None:
+    prompt = b'"messages": [{"role": "user"}]' if "chat" in path else b'"prompt": "hi"'
+    body = b'{"model": "base", ' + prompt + b", " + field % number + b"}"
+    response = await adapted.client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert "out of range(-1000.0, 1000.0)" in response.text
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_the_strongest_are_answered(adapted: Served, path: str) -> None:
+    for alpha in (1000, -1000.0, 0):
+        assert await text(adapted, path, "sql", lora_alphas={"sql": alpha})
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -92,6 +92,20 @@ async def test_several_prompts_and_n_fan_out_in_order(served: Served) -> None:
     assert answer["usage"]["completion_tokens"] == 12
 
 
+async def test_best_of_on_v1_returns_the_most_probable_of_so_many(served: Served) -> None:
+    body = {"model": "m", "prompt": ["one", "two"], "seed": 3, "temperature": 1, "max_tokens": 6}
+    all_of_them = (await served.post("/v1/completions", **body, n=5, logprobs=0)).json()["choices"]
+    best: list[str] = []
+    for choices in (all_of_them[:5], all_of_them[5:]):
+        ranked = sorted(choices, key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+        best += [choice["text"] for choice in ranked[:2]]
+    answer = (await served.post("/v1/completions", **body, n=2, best_of=5)).json()
+    assert [choice["text"] for choice in answer["choices"]] == best
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert {choice["logprobs"] for choice in answer["choices"]} == {None}
+    assert answer["usage"]["completion_tokens"] == 2 * 5 * 6
+
+
 async def test_streams_fan_out_too(served: Served) -> None:
     body = GREEDY | {"prompt": ["one", "two"], "n": 2, "max_tokens": 3}
     whole = (await served.post("/v1/completions", **body)).json()
@@ -171,6 +185,7 @@ async def test_prompt_logprobs_are_vllms(served: Served) -> None:
     prompt = (await served.post("/v1/completions", **body)).json()["choices"][0]["prompt_logprobs"]
     assert prompt[0] is None
     assert prompt[1][str(ord("e"))]["decoded_token"] == "e"
+    assert all(entry["rank"] >= 1 for entries in prompt[1:] for entry in entries.values())
 
 
 async def test_a_stop_string_is_cut_off_and_named(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,25 @@ def test_a_config_is_served(started: Started, tmp_path: Path) -> None:
     assert (options.host, options.port, options.poll_seconds) == ("127.0.0.1", 8123, 1.0)
     assert isinstance(source, ConfigFile)
     assert [spec.name for spec in source.read()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("monitoring", "flags", "metrics"),
+    [
+        ({}, [], True),
+        ({"metrics": {"enable": True}}, [], True),
+        ({"metrics": {"enable": False}}, [], False),
+        ({"metrics": {"enable": False}}, ["--metrics_enable"], True),
+        ({"metrics": {"enable": True}}, ["--metrics_enable", "false"], False),
+    ],
+)
+def test_the_config_may_turn_metrics_off(
+    started: Started, tmp_path: Path, monitoring: Any, flags: list[str], metrics: bool
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_config_list": [], "monitoring": monitoring}))
+    assert cli.main(["serve", "--config_path", str(path), *flags]) == 0
+    assert started[0][0].metrics is metrics
 
 
 @pytest.mark.parametrize("dash", ["-", "_"])
@@ -136,7 +156,10 @@ def test_a_broken_config_is_an_error(capsys: pytest.CaptureFixture[str], tmp_pat
     path = tmp_path / "config.json"
     path.write_text(text)
     assert cli.main(["serve", "--config_path", str(path)]) == 1
-    assert error in capsys.readouterr().err
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {path}")
+    assert error in first
+    assert second.startswith("hint: ")
 
 
 def test_a_missing_config_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

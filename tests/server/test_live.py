@@ -1,88 +1,18 @@
-"""The server as a process: real sockets, the real openai client, signals and exit codes."""
+"""The server as a process: real sockets, signals and exit codes."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import openai
 import pytest
 
+from tests.server.process import one_model, running
 from tests.server.serving import write_config
-
-ROOT = Path(__file__).parents[2]
-
-
-class Process:
-    """A running `ovms-lora serve`."""
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.server.fake_server", "serve", *arguments],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
-
-    def wait_for(self, start: str) -> str:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            for line in self.lines:
-                if line.startswith(start):
-                    return line
-            time.sleep(0.01)
-        raise AssertionError(f"no line {start!r} in {self.lines}")
-
-    @property
-    def url(self) -> str:
-        return self.wait_for("ready: ").split()[1]
-
-    def code(self) -> int:
-        """Wait for the end; return the exit code."""
-        code = self.process.wait(20)
-        self._reader.join()
-        return code
-
-    def end(self) -> None:
-        """Kill what still runs, and clean up."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.code()
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream
-            stream.close()
-
-
-@contextlib.contextmanager
-def running(*arguments: str, **environment: str) -> Iterator[Process]:
-    process = Process(*arguments, **environment)
-    try:
-        yield process
-    finally:
-        process.end()
-
-
-def one_model(**environment: str) -> contextlib.AbstractContextManager[Process]:
-    return running("--model_path", "m", "--model_name", "m", "--rest_port", "0", **environment)
 
 
 @pytest.fixture(scope="module")
@@ -91,72 +21,12 @@ def url() -> Iterator[str]:
         yield process.url
 
 
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.mark.parametrize("dialect", ["v1", "v3"])
-def test_the_openai_client_completes(url: str, dialect: str) -> None:
-    with openai.OpenAI(base_url=f"{url}/{dialect}", api_key="none", max_retries=0) as client:
-        completion = client.completions.create(model="m", prompt="hello", max_tokens=5, temperature=0, logprobs=2)
-        text = completion.choices[0].text
-        assert len(text) == 5
-        assert completion.usage
-        assert completion.usage.completion_tokens == 5
-        stream = client.completions.create(model="m", prompt="hello", max_tokens=5, temperature=0, stream=True)
-        assert "".join(chunk.choices[0].text for chunk in stream) == text
-
-
-@pytest.mark.parametrize("dialect", ["v1", "v3"])
-def test_the_openai_client_chats(url: str, dialect: str) -> None:
-    with openai.OpenAI(base_url=f"{url}/{dialect}", api_key="none", max_retries=0) as client:
-        messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
-        chat = client.chat.completions.create(
-            model="m", messages=messages, max_tokens=5, temperature=0, logprobs=True, top_logprobs=2
-        )
-        assert chat.choices[0].logprobs
-        assert chat.choices[0].logprobs.content
-        stream = client.chat.completions.create(
-            model="m",
-            messages=messages,
-            max_tokens=5,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        chunks = list(stream)
-        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-        assert "".join(pieces) == chat.choices[0].message.content
-        assert chunks[-1].usage
-        assert chat.usage
-        assert chunks[-1].usage.total_tokens == chat.usage.total_tokens
-
-
-def test_the_openai_client_gets_several_choices(client: openai.OpenAI) -> None:
-    completion = client.completions.create(model="m", prompt=["a", "b"], n=2, max_tokens=2)
-    assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
-
-
-def test_the_openai_client_raises_its_own_errors(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="The model `x` does not exist"):
-        client.completions.create(model="x", prompt="hello")
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model="m", prompt="hello", temperature=9)
-    assert refused.value.param == "temperature"
-
-
-def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["m"]
-    assert client.models.retrieve("m").id == "m"
-
-
 def test_a_client_that_hangs_up_is_noticed() -> None:
     with one_model(STEP_SECONDS="0.01") as process, httpx.Client(base_url=process.url) as client:
         body = {"model": "m", "prompt": "hello", "max_tokens": 2000, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v3/completions", json=body) as response:
-            next(response.iter_bytes())
+            pieces = response.iter_bytes()  # kept: an iterator that is dropped hangs up
+            assert next(pieces)
             assert 'vllm:num_requests_running{model_name="m"} 1.0' in client.get("/metrics").text
         time.sleep(0.2)
         assert 'vllm:num_requests_running{model_name="m"} 0.0' in client.get("/metrics").text

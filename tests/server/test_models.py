@@ -188,6 +188,18 @@ async def test_a_bad_config_is_rejected_whole(tmp_path: Path, text: str, message
         assert answer["error"].startswith("Reloading config file failed. ")
         assert message in answer["error"]
         assert [card["id"] for card in (await served.client.get("/v3/models")).json()["data"]] == ["a"]
+        assert await config(served) == {"a": status("AVAILABLE")}
+        assert (await served.post("/v3/completions", model="broken", prompt="hi")).status_code == 404
+        assert await served.text("/v3/completions", model="a", prompt="hi", max_tokens=1)
+
+
+async def test_a_config_that_is_gone_is_said_in_ovms_s_words(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "a")
+    async with serving(source=path) as served:
+        path.unlink()
+        code, answer = await reload(served)
+        assert code == 412
+        assert answer["error"].startswith("Config file not found or cannot open. ")
         assert await served.text("/v3/completions", model="a", prompt="hi", max_tokens=1)
 
 
@@ -210,3 +222,29 @@ async def test_two_servers_in_one_process_share_nothing(tmp_path: Path) -> None:
     async with serving(source=write_config(tmp_path, "a")) as one, serving() as two:
         assert list(await config(one)) == ["a"]
         assert list(await config(two)) == ["m"]
+
+
+async def test_what_an_entry_says_of_its_graph_reaches_the_model(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Recording(FakeModels):
+        def __call__(self, folder: Path, **settings: Any) -> Any:
+            seen.append({key: settings[key] for key in ("graph_path", "device", "plugin_config")})
+            return super().__call__(folder, **settings)
+
+    entry = {"name": "m", "base_path": "m", "graph_path": "g.pbtxt", "target_device": "GPU", "plugin_config": {"A": 1}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_config_list": [{"config": entry}]}))
+    async with serving(Recording(), source=path) as served:
+        assert seen == [{"graph_path": "g.pbtxt", "device": "GPU", "plugin_config": {"A": 1}}]
+        path.write_text(json.dumps({"model_config_list": [{"config": {**entry, "target_device": "CPU"}}]}))
+        assert (await reload(served))[0] == 201
+        assert seen[-1]["device"] == "CPU"
+
+
+async def test_keys_without_effect_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"mediapipe_config_list": [{"name": "m", "nireq": 4, "subconfig": "s.json"}]}))
+    async with serving(source=path):
+        assert "model m: without effect here: nireq, subconfig" in caplog.text

@@ -63,10 +63,14 @@ COMMON_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"best_of": -1}, "best_of is not an unsigned integer"),
     ({"best_of": 20}, "best_of exceeds limit provided in graph config: 20"),
     ({"best_of": 1, "stream": True}, "best_of cannot be used in streaming mode"),
-    ({"best_of": 2}, "best_of greater than 1 is not supported"),
+    ({"best_of": "2"}, "best_of is not an unsigned integer"),
+    ({"best_of": 2, "stream": True}, "best_of cannot be used in streaming mode"),
+    ({"best_of": 2, "n": 3}, "n value cannot be greater than best_of"),
     ({"ignore_eos": 1}, "ignore_eos accepts values true or false"),
     ({"skip_special_tokens": 1}, "skip_special_tokens is not a bool"),
     ({"stream_options": {"include_usage": True}}, "stream_options provided, but stream not set to true"),
+    ({"stream_options": 5}, "stream_options provided, but stream not set to true"),
+    ({"stream_options": 5, "stream": False}, "stream_options provided, but stream not set to true"),
     ({"stream_options": 1, "stream": True}, "stream_options is not an object"),
     (
         {"stream_options": {"include_usage": 1}, "stream": True},
@@ -76,7 +80,8 @@ COMMON_REFUSED: list[tuple[dict[str, Any], str]] = [
         {"stream_options": {"other": 1}, "stream": True},
         "Found unexpected stream options. Properties accepted in stream_options: include_usage",
     ),
-    ({"response_format": {"type": "json_object"}}, "response_format other than text is not supported"),
+    ({"response_format": "json_object"}, "response_format is not an object"),
+    ({"response_format": {"type": "json"}}, "response_format.type must be one of text, json_object, json_schema"),
     ({"lora_alphas": 1}, "lora_alphas must be an object"),
     ({"lora_alphas": {"x": "y"}}, "lora_alphas value for 'x' must be a number"),
     (
@@ -107,6 +112,8 @@ COMPLETIONS_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs out of range [0, 20]"),
     ({"echo": 1}, "echo accepts values true or false"),
 ]
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 CHAT_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": None}, "Messages are not an array"),
@@ -139,7 +146,27 @@ CHAT_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 1}, "top_logprobs requires logprobs to be true"),
     ({"tools": {}}, "Tools are not an array"),
     ({"tool_choice": "maybe"}, "tool_choice should be either 'none' or 'auto' or 'required'"),
-    ({"tool_choice": "required"}, "tool_choice other than auto and none is not supported"),
+    ({"tool_choice": 1}, "tool_choice is not a valid JSON object or string"),
+    ({"tool_choice": {}}, "tool_choice.function is not a valid JSON object"),
+    ({"tool_choice": {"function": {"name": 1}}}, "tool_choice.function.name is not a valid string"),
+    (
+        {"tools": TOOLS, "tool_choice": {"function": {"name": "g"}}},
+        "The tool specified in `tool_choice` does not match any of the specified `tools`",
+    ),
+    ({"tools": ["f"]}, "Tool is not a JSON object"),
+    ({"tools": [{"type": 1}]}, "Tool type is missing or invalid"),
+    ({"tools": [{"type": "function", "function": "f"}]}, "Function is not a valid JSON object"),
+    ({"tools": [{"type": "function", "function": {}}]}, "Function object does not contain a valid name field"),
+    ({"tools": [{"function": {"name": "f", "parameters": [1]}}]}, "Function parameters are not a valid JSON object"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls is not a bool"),
+    ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "tool_calls must be an array"),
+    ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "Each tool_call must be an object"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "Each tool_call must have a 'function' object"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs cannot hold tools"),
+    (
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        "chat_template_kwargs cannot hold add_generation_prompt",
+    ),
     ({"chat_template_kwargs": []}, "chat_template_kwargs must be an object"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs cannot hold messages"),
 ]
@@ -147,7 +174,16 @@ CHAT_REFUSED: list[tuple[dict[str, Any], str]] = [
 OPTIONAL = (
     *("temperature", "top_p", "min_p", "top_k", "frequency_penalty", "presence_penalty", "repetition_penalty"),
     *("length_penalty", "seed", "stop", "include_stop_str_in_output", "n", "best_of", "logprobs", "top_logprobs"),
-    *("echo", "ignore_eos", "skip_special_tokens", "stream_options", "tools", "tool_choice", "response_format"),
+    *(
+        "echo",
+        "ignore_eos",
+        "skip_special_tokens",
+        "stream_options",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "parallel_tool_calls",
+    ),
     *("chat_template_kwargs", "lora_alphas", "lora", "max_completion_tokens"),
 )
 
@@ -169,9 +205,13 @@ ACCEPTED: list[dict[str, Any]] = [
     {"include_stop_str_in_output": True},
     {"n": 1, "best_of": 1},
     {"best_of": 1},
+    {"best_of": 19},
+    {"best_of": 3, "n": 3, "length_penalty": 2},
+    {"best_of": None, "stream": True},
     {"ignore_eos": True, "skip_special_tokens": False},
     {"stream": False},
     {"response_format": {"type": "text"}},
+    {"response_format": {"type": "json_object"}},
     {"unheard_of": {"deeply": ["nested"]}, "logit_bias": {"1": 5}},
     {name: None for name in OPTIONAL},
 ]
@@ -192,7 +232,12 @@ CHAT_ACCEPTED: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
     {"logprobs": True, "top_logprobs": 20},
     {"max_tokens": 0, "max_completion_tokens": 3},
-    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
+    {"tools": TOOLS, "tool_choice": "auto"},
+    {"tools": TOOLS, "tool_choice": "none", "parallel_tool_calls": False},
+    {"tools": [*TOOLS, {"type": "web_search"}]},
+    {"tools": [], "tool_choice": "required"},
+    {"tool_choice": "required"},
+    {"messages": [{"role": "assistant", "tool_calls": None}, {"role": "tool", "tool_call_id": "x", "content": "5"}]},
     {"chat_template_kwargs": {"enable_thinking": False}},
 ]
 
@@ -255,6 +300,7 @@ async def test_the_graph_limits_best_of() -> None:
     async with serving(FakeModels(options=EngineOptions(best_of_limit=3))) as served:
         over = "best_of exceeds limit provided in graph config: 3"
         assert await refusal(served, "/v3/completions", COMPLETION_BASE | {"best_of": 3}) == over
+        assert (await served.client.post("/v3/completions", json=COMPLETION_BASE | {"best_of": 2})).is_success
 
 
 async def test_a_model_without_template_refuses_chat() -> None:

