@@ -6,10 +6,10 @@ PIP := $(BIN)/pip --disable-pip-version-check -qq
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs lock clean
+.PHONY: help demo test check image-test bench docs lock clean
 
 help: ## list the verbs
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.export $(VENV)/.model ## export the embedded model, serve it with adapters, ask (DEMO_ONCE=1: then stop)
 	@$(BIN)/python examples/demo.py
@@ -21,6 +21,9 @@ check: $(VENV)/.dev ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+image-test: $(VENV)/.dev $(VENV)/.model ## build the container images and run them (root; needs buildah and debootstrap)
+	@$(BIN)/python -m pytest --image tests/docker $(PYTEST_ARGS)
 
 bench: $(VENV)/.dev $(VENV)/.model ## measure, in some minutes (BENCH_ARGS="--models smollm2,llama-1b")
 	@$(BIN)/python -m bench $(BENCH_ARGS)

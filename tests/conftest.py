@@ -10,12 +10,17 @@ from ovms_lora.engine.device import openvino_core
 openvino_core().get_property("CPU", "FULL_DEVICE_NAME")
 
 
+_OPT_IN = {"slow": "also run the tests marked slow", "image": "also build the container images and run them"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    for marker, text in _OPT_IN.items():
+        parser.addoption(f"--{marker}", action="store_true", help=text)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow and not config.getoption("--slow"):
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    left_out = [marker for marker in _OPT_IN if not config.getoption(f"--{marker}")]
+    deselected = [item for item in items if any(item.get_closest_marker(marker) for marker in left_out)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
