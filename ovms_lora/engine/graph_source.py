@@ -20,9 +20,10 @@ from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.linears import find_linears, group_linears
 from ovms_lora.engine.lora_graph import LoraForm, insert_lora
 from ovms_lora.engine.lora_states import LoraStates
+from ovms_lora.engine.memory import available_memory
 from ovms_lora.engine.paged_graph import IR_NAME, head_of, read_paged_model
 
-_PLAIN_BYTES = 512 << 20  # of weights, up to which a second graph is worth its memory
+_PLAIN_SHARE = 1 / 8  # of the memory that is free: up to there weights may be held twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +71,14 @@ class GraphSource:
             hint = self._core.get_property(self._options.device, "INFERENCE_PRECISION_HINT").to_string()
         return "bf16" if "bf" in str(hint) else "f32"
 
-    @property
+    @cached_property
     def affords_plain(self) -> bool:
         """Whether a plain graph is to stand beside one with LoRA, for steps in which nobody uses an adapter.
 
-        It doubles the memory of the weights; what it saves, the walk over idle nodes, is a matter of small models only.
+        It saves the walk over idle nodes, and takes the memory of the weights once more.
         """
-        return (self._folder / IR_NAME).with_suffix(".bin").stat().st_size <= _PLAIN_BYTES
+        weights = (self._folder / IR_NAME).with_suffix(".bin").stat().st_size
+        return weights <= _PLAIN_SHARE * available_memory()
 
     def compile(self, lora: LoraTargets | None = None) -> CompiledGraph:
         """Compile the graph; takes seconds, from any thread. Raises ModelFolderError when the device refuses it."""
