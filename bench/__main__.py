@@ -9,6 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from bench import http_streaming
 from bench.mixed_adapters import Case, measure
 from bench.models import MODELS
 from bench.workload import write_results
@@ -30,6 +31,9 @@ def main() -> None:
             case = Case(MODELS[name](), batch=batch, tokens=options.tokens, rounds=options.rounds)
             with tempfile.TemporaryDirectory() as folder:
                 print(write_results(f"mixed_adapters-{name}-b{batch}", measure(case, Path(folder))))
+        print(f"\n{name}, 16 streams over HTTP")
+        streamed = http_streaming.measure(MODELS[name](), streams=16, tokens=options.tokens, rounds=options.rounds)
+        print(write_results(f"http_streaming-{name}", streamed))
 
 
 if __name__ == "__main__":
