@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,6 +24,7 @@ from ovms_lora.core.errors import (
     UnavailableError,
 )
 from ovms_lora.core.request import GenerationRequest, SequenceOutput
+from ovms_lora.engine.bisection import run_step
 from ovms_lora.engine.block_pool import BlockPool
 from ovms_lora.engine.decoder import Decoder
 from ovms_lora.engine.inbox import Inbox
@@ -212,18 +213,17 @@ class Engine:
 
     def _step(self) -> None:
         chunks = self._scheduler.schedule()
+        self._runner.copy_blocks(self._scheduler.copies)
+        if self._scheduler.refused:
+            self._fail_each(self._scheduler.refused)
+            return  # siblings of theirs may be in the plan
         if not chunks:
             self._inbox.wait(_NO_ROOM_SECONDS)
             return
-        try:
-            self._runner.copy_blocks(self._scheduler.copies)
-            logits = self._runner.run(chunks)
-        except EngineError as error:
-            log.error("a step of %d sequences failed: %s", len(chunks), error)
-            self._fail((chunk.sequence.request.request_id for chunk in chunks), error)
-            return
-        self._scheduler.computed(chunks)
-        outputs = self._decoder.decode(chunks, logits)
+        step = run_step(self._runner, chunks)
+        self._fail_each(step.failures)
+        self._scheduler.computed(step.chunks)
+        outputs = self._decoder.decode(step.chunks, step.logits)
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
         if outputs:
             self._deliver(outputs)
@@ -234,12 +234,22 @@ class Engine:
         if outputs:
             self._deliver(outputs)
 
+    def _fail_each(self, failures: Mapping[str, EngineError]) -> None:
+        for request_id, error in failures.items():
+            log.error("request %s failed: %s", request_id, _told(error))
+            self._fail([request_id], error)
+
     def _end_all(self, error: OvmsLoraError) -> None:
         outputs = self._live.abandon(error)
         for request in self._inbox.empty(error):
             outputs += failures(request, range(request.sampling.n), error)
         if outputs:
             self._deliver(outputs)
+
+
+def _told(error: EngineError) -> str:
+    """Return what the log says of an error: what the device said too, which is not for clients."""
+    return f"{error.message}: {error.__cause__}" if error.__cause__ else error.message
 
 
 def _limits(options: EngineOptions) -> SchedulerLimits:
