@@ -8,6 +8,7 @@ Everything below the inbox belongs to the engine thread alone, so nothing there 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -160,8 +161,8 @@ class Engine:
         )
 
     def heartbeat_age(self) -> float:
-        """Return the seconds since the engine thread last began a turn of its loop."""
-        return self._clock() - self._beat
+        """Return the seconds since the engine thread last began a turn of its loop; infinite when it has failed."""
+        return math.inf if self._failure else self._clock() - self._beat
 
     def stop(self, *, drain_seconds: float = 0.0) -> None:
         """Take no more requests, let those that run end for `drain_seconds`, end the rest, and join the thread.
