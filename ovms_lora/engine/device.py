@@ -11,7 +11,8 @@ from ovms_lora.core.errors import EngineError, NoMemoryError
 
 # How OpenVINO, its plugins and the allocator say that there is no memory; there is no class or code for it.
 _NO_MEMORY = re.compile(
-    r"bad[ _]?(array_new_length|alloc)|out[ _]of[ _]\w*memory|allocat\w* memory|not enough memory", re.I
+    r"bad[ _]?(?:array_new_length|alloc)|out[ _]of[ _](?:\w+[ _])?memory|allocat\w* (?:\w+ )?memory|not enough memory",
+    re.I,
 )
 
 

@@ -39,7 +39,9 @@ def runner() -> FakeRunner:
 
 
 if __name__ == "__main__":
-    Limits.__init__.__kwdefaults__["heartbeat_seconds"] = float(os.environ.get("HEARTBEAT_SECONDS", "60"))
+    limits = Limits.__init__.__kwdefaults__
+    assert limits
+    limits["heartbeat_seconds"] = float(os.environ.get("HEARTBEAT_SECONDS", "60"))
     ovms_lora.engine.model.load_model = FakeModels(  # type: ignore[assignment]
         runner=runner,
         max_model_len=int(os.environ.get("MODEL_LENGTH", "2048")),
