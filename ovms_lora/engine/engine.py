@@ -21,11 +21,12 @@ from ovms_lora.core.errors import (
     DeadlineExceededError,
     EngineError,
     InvalidFieldError,
+    NoMemoryError,
     OvmsLoraError,
     UnavailableError,
 )
 from ovms_lora.core.request import GenerationRequest, SequenceOutput
-from ovms_lora.engine.bisection import run_step
+from ovms_lora.engine.bisection import StepResult, run_step
 from ovms_lora.engine.block_pool import BlockPool
 from ovms_lora.engine.decoder import Decoder
 from ovms_lora.engine.inbox import Inbox
@@ -224,10 +225,23 @@ class Engine:
         step = run_step(self._runner, chunks)
         self._fail_each(step.failures)
         self._scheduler.computed(step.chunks)
-        outputs = self._decoder.decode(step.chunks, step.logits)
+        outputs = self._decode(step)
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
         if outputs:
             self._deliver(outputs)
+
+    def _decode(self, step: StepResult) -> list[SequenceOutput]:
+        try:
+            return self._decoder.decode(step.chunks, step.logits)
+        except MemoryError:
+            # Which tokens were chosen before is lost, so nobody in this step can go on, or is told of an end.
+            error = NoMemoryError("no memory to choose the next tokens")
+            requests = {chunk.sequence.request.request_id: chunk.sequence.request for chunk in step.chunks}
+            log.exception("%d requests failed: %s", len(requests), error)
+            self._live.fail(requests, error)
+            return [
+                each for request in requests.values() for each in failures(request, range(request.sampling.n), error)
+            ]
 
     def _fail(self, request_ids: Iterable[str], error: OvmsLoraError) -> None:
         """End whole requests with an error: all sequences of a request share its fate."""

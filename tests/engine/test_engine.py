@@ -21,6 +21,7 @@ from ovms_lora.core.errors import (
 )
 from ovms_lora.core.request import FinishReason
 from ovms_lora.engine.runner import FloatArray
+from ovms_lora.engine.sampler import Sampler
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.engine.sequence import Sequence as EngineSequence
 from tests.engine.harness import Answer, Answers, AnyAdapters, alone, build, eventually, generate, request, running
@@ -391,6 +392,27 @@ def test_a_step_that_fails_once_fails_nobody() -> None:
     both = request("1"), request("2", "other")
     answers = generate(*both, runner=runner)
     assert [answers[each.request_id].text for each in both] == [alone(each) for each in both]
+
+
+def test_a_host_without_memory_fails_the_step_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    really, calls = Sampler.sample, 0
+
+    def scarce(self: Sampler, logits: FloatArray, sequences: Sequence[EngineSequence]) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise MemoryError
+        return really(self, logits, sequences)
+
+    monkeypatch.setattr(Sampler, "sample", scarce)
+    first, second, after = request("first", n=2), request("second"), request("after")
+    with running(FakeRunner(num_blocks=256), first, second) as (engine, answers):
+        answers.wait(first, second)
+        assert {type(answers.of(*key).error) for key in (("first", 0), ("first", 1), ("second", 0))} == {NoMemoryError}
+        assert engine.stats().kv_cache_usage == 0
+        engine.submit(after)
+        answers.wait(after)
+    assert answers["after"].text == alone(after)
 
 
 def test_adapters_that_find_no_memory_fail_only_their_request() -> None:

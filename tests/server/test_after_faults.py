@@ -17,6 +17,7 @@ from ovms_lora.engine.device import device_error
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.server.options import Limits, ServerOptions
 from tests.adapters.adapter_files import write_adapter
+from tests.adapters.fuzzing import corpus
 from tests.fakes import FakeRunner
 from tests.server.serving import FakeModels, Served, serving, write_lora_config
 from tests.server.test_faults import Client, until
@@ -157,6 +158,24 @@ async def test_bad_requests_and_bad_adapters(lora: Served, tmp_path: Path) -> No
         await check.refused(403, "/v1/load_lora_adapter", lora_name="bad", lora_path="/etc")
         response = await lora.client.post(V3, content=b"{" * 1000)
         assert response.status_code == 412
+
+
+async def test_hostile_adapters_while_others_are_served(lora: Served, faults: Faults, tmp_path: Path) -> None:
+    hostile = {name: folder for name, folder in corpus().items() if name.startswith("bad")}
+    for name, folder in hostile.items():
+        (tmp_path / name).mkdir()
+        for file, data in folder.items():
+            (tmp_path / name / file).write_bytes(data)
+    async with well(lora, "base", "sql", "tools") as check:
+        faults.seconds = 0.002
+        streams = [asyncio.create_task(lora.text(V1, **body(f"{i}", model="sql", max_tokens=200))) for i in range(4)]
+        for name in hostile:
+            load = {"lora_name": name, "lora_path": str(tmp_path / name)}
+            await check.refused(422, "/v1/load_lora_adapter", **load)
+        assert all(await asyncio.gather(*streams))
+        faults.seconds = 0
+        served = {card["id"] for card in (await lora.client.get("/v1/models")).json()["data"]}
+        assert not served & hostile.keys()
 
 
 async def test_a_wall_clock_that_jumps_decides_nothing(
