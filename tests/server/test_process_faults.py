@@ -65,7 +65,7 @@ def test_clients_that_vanish_leave_nothing_behind(process: Process) -> None:
 
 
 def test_a_step_that_hangs_ends_the_process_with_its_stacks() -> None:
-    with one_model(HEARTBEAT_SECONDS="1") as process, httpx.Client(base_url=process.url, timeout=5) as client:
+    with one_model(HEARTBEAT_SECONDS="2") as process, httpx.Client(base_url=process.url, timeout=5) as client:
         assert client.get("/v2/health/live").status_code == 200
         with contextlib.suppress(httpx.TransportError):
             client.post("/v3/completions", json={"model": "m", "prompt": "hang"}, timeout=0.2)
@@ -74,15 +74,15 @@ def test_a_step_that_hangs_ends_the_process_with_its_stacks() -> None:
         assert client.get("/v2/health/live").status_code == 503
         assert client.get("/v2/health/ready").status_code == 503
         assert process.code() == 1
-        assert time.monotonic() - hung < 10
+        assert time.monotonic() - hung < 15
         assert any("the engine hangs" in line for line in process.lines)
         assert any("before_step" in line for line in process.lines)
 
 
 def test_a_slow_step_ends_nothing() -> None:
-    with one_model(HEARTBEAT_SECONDS="1", STEP_SECONDS="1.4") as process:
+    with one_model(HEARTBEAT_SECONDS="2", STEP_SECONDS="2.3") as process:
         answer = httpx.post(
-            f"{process.url}/v3/completions", json={"model": "m", "prompt": "a", "max_tokens": 3}, timeout=20
+            f"{process.url}/v3/completions", json={"model": "m", "prompt": "a", "max_tokens": 2}, timeout=20
         )
         assert answer.status_code == 200
         assert process.process.poll() is None
