@@ -25,6 +25,7 @@ from ovms_lora.core.errors import AdapterError, AdapterErrorCode
 
 _LONGEST_PATTERN = 4096
 _STEPS_PER_LOAD = 20_000
+_CHARACTERS_PER_STEP = 2  # compiling two characters takes about as long as a step
 
 
 class StepBudget:
@@ -58,6 +59,7 @@ class Pattern:
             raise AdapterError(
                 AdapterErrorCode.CONFIG_INVALID, f"{field}: a pattern is longer than {_LONGEST_PATTERN} characters"
             )
+        budget.spend(len(pattern) // _CHARACTERS_PER_STEP, field)
         try:
             self._steps = compile_steps(pattern)
         except PatternSyntaxError as error:

@@ -26,6 +26,7 @@ ALL_LINEAR = "all-linear"
 
 _LARGEST_FILE = 1 << 20
 _MOST_CONTAINERS = 10_000
+_MOST_VALUES = 50_000
 _DEEPEST = 8
 # More than any model has linear layers of different names; bounds modules times keys.
 _MOST_ENTRIES = 2048
@@ -138,6 +139,7 @@ def parse_peft_config(data: bytes) -> PeftConfig:
         what=CONFIG_NAME,
         code=AdapterErrorCode.CONFIG_INVALID,
         max_containers=_MOST_CONTAINERS,
+        max_values=_MOST_VALUES,
         max_depth=_DEEPEST,
     )
     _check_peft_type(document)

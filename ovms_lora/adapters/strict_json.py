@@ -20,15 +20,18 @@ class _Refused(ValueError):
 
 
 def parse_object(
-    data: bytes, *, what: str, code: AdapterErrorCode, max_containers: int, max_depth: int
+    data: bytes, *, what: str, code: AdapterErrorCode, max_containers: int, max_values: int, max_depth: int
 ) -> dict[str, Any]:
     """Parse UTF-8 `data` as one JSON object; raise AdapterError(`code`) that starts with `what` otherwise.
 
-    `max_containers` bounds how many objects and arrays may open. It is counted on the raw bytes, before anything is
-    built, so brackets inside of strings count too; nesting is bounded the same way, by the parser's own stack first.
+    `max_containers` bounds how many objects and arrays may open, `max_values` how many values stand in them. Both are
+    counted on the raw bytes, before anything is built, so brackets and commas inside of strings count too; nesting is
+    bounded the same way, by the parser's own stack first.
     """
     if data.count(b"{") + data.count(b"[") > max_containers:
         raise AdapterError(code, f"{what} holds more than {max_containers} objects and arrays")
+    if data.count(b",") > max_values:
+        raise AdapterError(code, f"{what} holds more than {max_values} values")
     try:
         document = json.loads(
             data.decode("utf-8"),

@@ -12,6 +12,7 @@ OvmsLoraError                    a one-line cause, and perhaps a hint what to do
 │   └── UnknownAliasError        no adapter is loaded under an alias
 ├── AdapterExistsError           the alias has an adapter already
 ├── EngineError                  the engine cannot go on: a step failed, or it has stopped
+│   └── NoMemoryError            there is no memory for the step; later there may be
 └── RequestError                 one request cannot be served
     ├── MalformedBodyError       the body is not a JSON object with a model name
     ├── InvalidFieldError        one field is missing, of a wrong type, out of range or unsupported
@@ -119,6 +120,14 @@ class AdapterExistsError(OvmsLoraError):
 
 class EngineError(OvmsLoraError):
     """The engine cannot go on with a request: its step failed, or the engine has stopped."""
+
+
+class NoMemoryError(EngineError):
+    """There is no memory for the step of a request; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class RequestError(OvmsLoraError):

@@ -28,9 +28,9 @@ class _Input:
     def set(self, values: npt.ArrayLike) -> None:
         new = np.asarray(values, dtype=self._dtype)
         if self._array is None or self._array.shape != new.shape:
-            self._array = np.empty(new.shape, self._dtype)
-            self._array[...] = new
-            self._request.set_tensor(self._name, ov.Tensor(self._array, shared_memory=True))
+            array = np.array(new, self._dtype, order="C")
+            self._request.set_tensor(self._name, ov.Tensor(array, shared_memory=True))
+            self._array = array  # only now: where memory is refused, the next step sets it anew
         else:
             self._array[...] = new
 
@@ -78,10 +78,11 @@ class _BoundRows:
         now = (spans, begin, num_tiles)
         if now == self._last:
             return
-        self._last = now
+        self._last = None  # until all of it is set: memory may be refused in between
         plan = plan_tiles(spans, num_rows=begin, num_tiles=num_tiles, may_be_empty=self._names.form.zero_row)
         assert self._names.form.sums or not len(plan.sum_rows), "a graph without sums takes rows with one tile"
         self._set_plan(plan)
+        self._last = now
 
     def _set_plan(self, plan: TilePlan) -> None:
         names = self._names

@@ -8,9 +8,10 @@ Everything below the inbox belongs to the engine thread alone, so nothing there 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,10 +21,12 @@ from ovms_lora.core.errors import (
     DeadlineExceededError,
     EngineError,
     InvalidFieldError,
+    NoMemoryError,
     OvmsLoraError,
     UnavailableError,
 )
 from ovms_lora.core.request import GenerationRequest, SequenceOutput
+from ovms_lora.engine.bisection import StepResult, run_step
 from ovms_lora.engine.block_pool import BlockPool
 from ovms_lora.engine.decoder import Decoder
 from ovms_lora.engine.inbox import Inbox
@@ -159,8 +162,8 @@ class Engine:
         )
 
     def heartbeat_age(self) -> float:
-        """Return the seconds since the engine thread last began a turn of its loop."""
-        return self._clock() - self._beat
+        """Return the seconds since the engine thread last began a turn of its loop; infinite when it has failed."""
+        return math.inf if self._failure else self._clock() - self._beat
 
     def stop(self, *, drain_seconds: float = 0.0) -> None:
         """Take no more requests, let those that run end for `drain_seconds`, end the rest, and join the thread.
@@ -212,21 +215,33 @@ class Engine:
 
     def _step(self) -> None:
         chunks = self._scheduler.schedule()
+        self._runner.copy_blocks(self._scheduler.copies)
+        if self._scheduler.refused:
+            self._fail_each(self._scheduler.refused)
+            return  # siblings of theirs may be in the plan
         if not chunks:
             self._inbox.wait(_NO_ROOM_SECONDS)
             return
-        try:
-            self._runner.copy_blocks(self._scheduler.copies)
-            logits = self._runner.run(chunks)
-        except EngineError as error:
-            log.error("a step of %d sequences failed: %s", len(chunks), error)
-            self._fail((chunk.sequence.request.request_id for chunk in chunks), error)
-            return
-        self._scheduler.computed(chunks)
-        outputs = self._decoder.decode(chunks, logits)
+        step = run_step(self._runner, chunks)
+        self._fail_each(step.failures)
+        self._scheduler.computed(step.chunks)
+        outputs = self._decode(step)
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
         if outputs:
             self._deliver(outputs)
+
+    def _decode(self, step: StepResult) -> list[SequenceOutput]:
+        try:
+            return self._decoder.decode(step.chunks, step.logits)
+        except MemoryError:
+            # Which tokens were chosen before is lost, so nobody in this step can go on, or is told of an end.
+            error = NoMemoryError("no memory to choose the next tokens")
+            requests = {chunk.sequence.request.request_id: chunk.sequence.request for chunk in step.chunks}
+            log.exception("%d requests failed: %s", len(requests), error)
+            self._live.fail(requests, error)
+            return [
+                each for request in requests.values() for each in failures(request, range(request.sampling.n), error)
+            ]
 
     def _fail(self, request_ids: Iterable[str], error: OvmsLoraError) -> None:
         """End whole requests with an error: all sequences of a request share its fate."""
@@ -234,12 +249,22 @@ class Engine:
         if outputs:
             self._deliver(outputs)
 
+    def _fail_each(self, failures: Mapping[str, EngineError]) -> None:
+        for request_id, error in failures.items():
+            log.error("request %s failed: %s", request_id, _told(error))
+            self._fail([request_id], error)
+
     def _end_all(self, error: OvmsLoraError) -> None:
         outputs = self._live.abandon(error)
         for request in self._inbox.empty(error):
             outputs += failures(request, range(request.sampling.n), error)
         if outputs:
             self._deliver(outputs)
+
+
+def _told(error: EngineError) -> str:
+    """Return what the log says of an error: what the device said too, which is not for clients."""
+    return f"{error.message}: {error.__cause__}" if error.__cause__ else error.message
 
 
 def _limits(options: EngineOptions) -> SchedulerLimits:

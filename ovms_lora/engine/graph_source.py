@@ -15,8 +15,8 @@ from openvino import opset13 as ops
 
 from ovms_lora.adapters.adapter import BaseLinears, LinearShape
 from ovms_lora.core.config import EngineOptions
-from ovms_lora.core.errors import ModelFolderError
-from ovms_lora.engine.device import openvino_core
+from ovms_lora.core.errors import ModelFolderError, NoMemoryError
+from ovms_lora.engine.device import device_error, openvino_core
 from ovms_lora.engine.linears import find_linears, group_linears
 from ovms_lora.engine.lora_graph import LoraForm, insert_lora
 from ovms_lora.engine.lora_states import LoraStates
@@ -98,7 +98,10 @@ class GraphSource:
         device = self._options.device
         try:
             return self._core.compile_model(model, device, dict(self._options.plugin_config))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            failure = device_error(error, "a graph")
+            if isinstance(failure, NoMemoryError):
+                raise failure from error
             message = f"{self._folder} does not compile for {device}: {str(error).strip().splitlines()[-1]}"
             raise ModelFolderError(message, hint="check device and plugin_config") from error
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from ovms_lora.adapters.store import Registered
 from ovms_lora.core.config import LoraOptions
 from ovms_lora.core.errors import AdapterError, AdapterErrorCode
+from ovms_lora.engine.device import device_error
 from ovms_lora.engine.engine import Engine
 from ovms_lora.engine.graph_source import CompiledGraph, GraphSource, LoraTargets
 from ovms_lora.engine.residency import LoraResidency
@@ -117,12 +118,15 @@ class LoraGraphs:
             return
         log.info("compiling a graph for %d linears", len(targets.paths))
         graph = self._source.compile(targets)
-        self._engine.call(lambda: self._adopt(graph, targets))
+        try:
+            self._engine.call(lambda: self._adopt(graph, targets))
+        except (RuntimeError, MemoryError) as error:
+            raise device_error(error, "the graph of the adapters") from error
 
     def _adopt(self, graph: CompiledGraph, targets: LoraTargets) -> None:
         assert self._runner and graph.states, "attached, and compiled with states"
+        self.residency.move(graph.states)  # first: it may find no memory, and then leaves all as it is
         self._runner.adopt(graph, keep_plain=self._source.affords_plain)
-        self.residency.move(graph.states)
         self._targets = targets
 
 

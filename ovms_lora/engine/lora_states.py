@@ -44,12 +44,13 @@ class LoraStates:
 
     def resize(self, count: int) -> None:
         """Have this many tiles: those that stay keep their content, new ones are zero."""
-        kept = min(self.count, count)
         for group in self.layout.groups:
             for name, parts, rows, columns in self._shapes(group):
                 new = self._tensor([parts * count, rows, columns])
-                if kept:
-                    old = self._view(self._states[name].state).reshape(parts, self.count, rows, columns)
+                if self.count:
+                    # Not self.count of them, where memory was refused in an earlier call half-way.
+                    old = self._view(self._states[name].state).reshape(parts, -1, rows, columns)
+                    kept = min(old.shape[1], count)
                     self._view(new).reshape(parts, count, rows, columns)[:, :kept] = old[:, :kept]
                 self._states[name].state = new
             owners = group.owner_input()

@@ -11,6 +11,7 @@ adapters along.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ import numpy as np
 
 from ovms_lora.adapters.adapter import Adapter
 from ovms_lora.core.request import AdapterUse, HostAdapter
+from ovms_lora.engine.device import device_error
 from ovms_lora.engine.lora_rows import SequenceTiles
 from ovms_lora.engine.lora_states import TileIndices
 from ovms_lora.engine.sequence import Sequence
@@ -83,17 +85,22 @@ class LoraResidency:
         self._named = frozenset(digests)
 
     def acquire(self, sequence: Sequence) -> bool:
-        """Make the sequence's adapters resident and hold them; False when those in use leave no room."""
+        """Make the sequence's adapters resident and hold them; False when those in use leave no room.
+
+        Raises EngineError where the device has no memory for them; then nothing is held.
+        """
         uses = sequence.request.adapters
         if not uses:
             return True
         adapters = {use.digest: use.adapter for use in uses}
         if not self._make_room({d: a for d, a in adapters.items() if d not in self._residents}, keep=adapters):
             return False
-        for digest, adapter in adapters.items():
-            resident = self._residents.pop(digest, None) or self._bring_in(adapter)
+        for digest, adapter in adapters.items():  # where memory is refused, none of them is held
+            if digest not in self._residents:
+                self._residents[digest] = self._bring_in(adapter)
+        for digest in adapters:
+            resident = self._residents[digest] = self._residents.pop(digest)
             resident.holders += 1
-            self._residents[digest] = resident
         self._held[sequence] = uses
         sequence.tiles = self._tiles(uses)
         return True
@@ -116,14 +123,19 @@ class LoraResidency:
                 self._states.resize(used)
 
     def move(self, states: TileStates) -> None:
-        """Go on in another graph's states, which are empty: all residents are written into them."""
+        """Go on in another graph's states, which are empty: all residents are written into them.
+
+        Raises what the device does; then all is as it was.
+        """
+        residents = list(self._residents.values())
+        ends = np.cumsum([0, *(_count_tiles(resident.adapter, states) for resident in residents)])
+        places = [np.arange(begin, end) for begin, end in itertools.pairwise(ends)]
+        states.resize(int(ends[-1]))
+        for resident, tiles in zip(residents, places, strict=True):
+            states.write(tiles, resident.adapter)
         self._states, self._free = states, []
-        states.resize(sum(self._count_tiles(resident.adapter) for resident in self._residents.values()))
-        begin = 0
-        for resident in self._residents.values():
-            end = begin + self._count_tiles(resident.adapter)
-            resident.tiles, begin = np.arange(begin, end), end
-            states.write(resident.tiles, resident.adapter)
+        for resident, tiles in zip(residents, places, strict=True):
+            resident.tiles = tiles
         for sequence, uses in self._held.items():
             sequence.tiles = self._tiles(uses)
 
@@ -164,19 +176,27 @@ class LoraResidency:
     def _bring_in(self, adapter: HostAdapter) -> _Resident:
         assert isinstance(adapter, Adapter), "requests of this model carry loaded adapters"
         assert self._states, "nothing fits into a graph without states"
-        count = self._count_tiles(adapter)
-        if count > len(self._free):
-            present, wanted = self._states.count, self._states.count + count - len(self._free)
-            self._states.resize(wanted)
-            self._free += range(present, wanted)
-        tiles, self._free = np.array(self._free[:count], np.intp), self._free[count:]
-        self._states.write(tiles, adapter)
+        count = _count_tiles(adapter, self._states)
+        try:
+            if count > len(self._free):
+                self._free += self._grow(self._states, count - len(self._free))
+            tiles = np.array(self._free[:count], np.intp)
+            self._states.write(tiles, adapter)
+        except (RuntimeError, MemoryError) as error:
+            raise device_error(error, "the adapters of the request") from error
+        self._free = self._free[count:]
         self.loads += 1
         return _Resident(adapter, tiles)
 
-    def _count_tiles(self, adapter: Adapter) -> int:
-        assert self._states, "asked only where there are states"
-        return -(-adapter.max_rank // self._states.width)
+    def _grow(self, states: TileStates, count: int) -> range:
+        """Make so many new tiles. Where memory is refused half-way, those that were made go again."""
+        present = states.count
+        try:
+            states.resize(present + count)
+        except (RuntimeError, MemoryError):
+            states.resize(present)
+            raise
+        return range(present, present + count)
 
     def _tiles(self, uses: Iterable[AdapterUse]) -> SequenceTiles | None:
         strengths: dict[str, float] = {}
@@ -185,3 +205,7 @@ class LoraResidency:
         tiles = [self._residents[digest].tiles for digest in strengths]
         alphas = np.repeat(np.array(list(strengths.values()), np.float32), [len(each) for each in tiles])
         return SequenceTiles(np.concatenate(tiles), alphas) if tiles else None
+
+
+def _count_tiles(adapter: Adapter, states: TileStates) -> int:
+    return -(-adapter.max_rank // states.width)

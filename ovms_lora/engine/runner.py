@@ -14,9 +14,10 @@ import numpy.typing as npt
 import openvino as ov
 
 from ovms_lora.core.config import EngineOptions
-from ovms_lora.core.errors import EngineError, ModelFolderError
+from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.engine.block_tables import BlockCopy
 from ovms_lora.engine.bound_graph import BoundGraph
+from ovms_lora.engine.device import device_error
 from ovms_lora.engine.graph_source import CompiledGraph
 from ovms_lora.engine.memory import available_memory
 from ovms_lora.engine.scheduler import Chunk
@@ -88,13 +89,13 @@ class OpenVinoRunner:
         """Compute one step; see ModelRunner."""
         adapted = any(chunk.sequence.tiles is not None for chunk in chunks)
         graph = self._graph if adapted or self._plain is None else self._plain
-        self._feed(graph, chunks)
-        graph.set_rows(chunks)
         try:
+            self._feed(graph, chunks)
+            graph.set_rows(chunks)
             graph.request.start_async()
             graph.request.wait()
-        except RuntimeError as error:
-            raise EngineError(f"the device failed in a step: {str(error).strip().splitlines()[-1]}") from error
+        except (RuntimeError, MemoryError) as error:
+            raise device_error(error, "a step") from error
         logits: FloatArray = graph.request.get_output_tensor(0).data
         return logits.reshape(-1, self.vocab_size)
 

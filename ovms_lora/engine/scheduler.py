@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ovms_lora.core.errors import EngineError
 from ovms_lora.engine.block_pool import BlockPool
 from ovms_lora.engine.block_tables import BlockCopy, BlockTables
 from ovms_lora.engine.sequence import Fork, Sequence, SequenceStatus
@@ -44,7 +45,10 @@ class Residency(Protocol):
     """What the scheduler asks of the adapters' side before it admits a sequence."""
 
     def acquire(self, sequence: Sequence) -> bool:
-        """Hold the sequence's adapters in the graph until `release`; False when there is no room now."""
+        """Hold the sequence's adapters in the graph until `release`; False when there is no room now.
+
+        Raises EngineError when the device cannot take them.
+        """
 
     def release(self, sequence: Sequence) -> None:
         """Let go of the adapters that `acquire` held for this sequence."""
@@ -93,6 +97,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.refused: dict[str, EngineError] = {}  # requests whose adapters the device cannot take, until next planned
         self._residency = residency or NoAdapters()
         self._arrivals = 0
         self._waiting_of: Counter[str] = Counter()  # how many sequences of each request wait
@@ -120,6 +125,7 @@ class Scheduler:
         """Plan one step, with the copies of blocks that come before it; empty only when nothing can run."""
         chunks: list[Chunk] = []
         self.blocks.copies.clear()
+        self.refused.clear()
         budget = self._continue_running(chunks, self.limits.max_num_batched_tokens)
         self._admit(chunks, budget)
         while not chunks and (parked := [sequence for sequence in self.running if sequence.parked]):
@@ -199,7 +205,7 @@ class Scheduler:
                 continue
             if not self._fits(sequence, chunks, budget):
                 break
-            if not self._residency.acquire(sequence):
+            if not self._acquire(sequence):
                 if sequence.bypassed >= self.limits.max_bypasses:
                     break
                 passed.append(self.waiting.popleft())
@@ -217,6 +223,13 @@ class Scheduler:
                 older.bypassed += not older.parked
             budget -= self._fill(sequence, chunks, budget)
         self.waiting.extendleft(reversed(passed))
+
+    def _acquire(self, sequence: Sequence) -> bool:
+        try:
+            return self._residency.acquire(sequence)
+        except EngineError as error:
+            self.refused[sequence.request.request_id] = error
+            return False
 
     @property
     def _most_running(self) -> int:

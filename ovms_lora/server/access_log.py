@@ -13,6 +13,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ovms_lora.server.errors import error_style
 from ovms_lora.server.health import PROBES
 from ovms_lora.server.logs import request_id
 
@@ -28,7 +29,7 @@ class AccessLogMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on and log it."""
+        """Pass the request on and log it; answer 500 to what nobody else has caught."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -44,9 +45,15 @@ class AccessLogMiddleware:
                 MutableHeaders(scope=message)["X-Request-Id"] = own
             await send(message)
 
+        fault: Exception | None = None
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001 - the border of our code: told below, once, with the request's id
+            fault = error
+            if not status:
+                await error_style(scope["path"]).response(error)(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - begun
-            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
-            log.log(level, "%s %s %d %.3fs", scope["method"], ascii(scope["path"])[1:-1][:256], status, seconds)
+            level = logging.ERROR if fault else logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            path = ascii(scope["path"])[1:-1][:256]
+            log.log(level, "%s %s %d %.3fs", scope["method"], path, status, seconds, exc_info=fault)

@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from ovms_lora import __version__
-from ovms_lora.core.errors import EngineError, OvmsLoraError
+from ovms_lora.core.errors import EngineError, NoMemoryError, OvmsLoraError
 from ovms_lora.server import config_routes, docs_page, health, lora_routes, metrics_route, v1, v3
 from ovms_lora.server.access_log import AccessLogMiddleware
 from ovms_lora.server.adapter_updates import AdapterUpdates
@@ -134,6 +134,10 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     return error_style(request.scope["path"]).response(error)
 
 
+async def _on_no_memory(request: Request, _error: Exception) -> JSONResponse:
+    return error_style(request.scope["path"]).response(NoMemoryError("no memory for the request"))
+
+
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "the handler is registered for this class only"
     if error.status_code == 405 and request.scope.get("endpoint") is v3.wrong_endpoint:
@@ -149,5 +153,5 @@ _HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
     OvmsLoraError: _on_error,
     HTTPException: _on_http_error,
     ClientGoneError: _on_client_gone,
-    Exception: _on_error,
+    MemoryError: _on_no_memory,
 }

@@ -118,7 +118,7 @@ class AsyncEngine:
             for request in requests:
                 self._streams[request.request_id] = stream
                 engine.submit(request)
-        except OvmsLoraError:
+        except BaseException:  # whatever it was, a call that did not begin must not count as one
             stream.close()
             raise
         return stream

@@ -37,6 +37,7 @@ ERROR_RULES = (
     ErrorRule(errors.AdapterNotFoundError, 404, 404, "NotFoundError"),
     ErrorRule(errors.ConfigError, 412, 400, "BadRequestError"),
     ErrorRule(errors.ModelFolderError, 412, 400, "BadRequestError"),
+    ErrorRule(errors.NoMemoryError, 503, 503, "ServiceUnavailableError"),
     ErrorRule(Exception, 500, 500, "InternalServerError"),
 )
 

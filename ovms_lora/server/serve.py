@@ -7,6 +7,7 @@ Owns the socket, the signals and the exit. Blocks until the end.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -24,6 +25,7 @@ from ovms_lora.server.lifecycle import LoadModel
 from ovms_lora.server.model_source import ModelSource
 from ovms_lora.server.options import ServerOptions
 from ovms_lora.server.state import ServerState
+from ovms_lora.server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,11 @@ def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
             h11_max_incomplete_event_size=options.limits.header_bytes,
             timeout_graceful_shutdown=_CLOSE_SECONDS,
         )
-        _Server(config, app.state.server, _url(listener), failures).run(sockets=[listener])
+        server = _Server(config, app.state.server, _url(listener), failures)
+        try:
+            server.run(sockets=[listener])
+        finally:
+            server.watchdog.stop()
     if failures:
         raise failures[0]
 
@@ -87,6 +93,7 @@ class _Server(uvicorn.Server):
         self._url = url
         self._failures = failures
         self._announced = False
+        self.watchdog = Watchdog(state.options.limits.heartbeat_seconds)
         self._drain_until: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -99,10 +106,12 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop; ten times a second."""
+        self.watchdog.look(live=self._lifecycle.live)
         if self._lifecycle.started and not self._announced and not self._failures:
             self._announced = True
             names = ", ".join(served.name for served in self._registry.served) or "no model yet"
-            print(f"ready: {self._url} serving {names}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a full disk behind stderr does not keep a server from serving
+                print(f"ready: {self._url} serving {names}", file=sys.stderr, flush=True)
         return await super().on_tick(counter) or bool(self._failures) or await self._drained()
 
     async def _drained(self) -> bool:

@@ -211,6 +211,7 @@ MALFORMED = {
     "deep and open": b"[" * 900_000,
     "deep objects": b'{"a":' * 5000,
     "a million objects": b'{"auto_mapping": [' + b"{}," * 300_000 + b"{}]}",
+    "a million numbers": b'{"auto_mapping": [' + b"1," * 500_000 + b"1]}",
     "too large": b'{"peft_version": "' + b"x" * (1 << 20) + b'"}',
 }
 

@@ -157,6 +157,13 @@ BAD = {
     "oversized and true": (raw_header(b"{" + b" " * (3 << 20) + b"}"), "adapter_header"),
     "a million lists": (raw_header(b'{"a": [' + b"[]," * 600_000 + b"[]]}"), "adapter_header"),
     "a million objects": (raw_header(b'{"a": [' + b"{}," * 600_000 + b"{}]}"), "adapter_header"),
+    "a million numbers": (raw_header(b'{"a": [' + b"1," * 1_000_000 + b"1]}"), "adapter_header"),
+    "a shape of a million": (raw_header(b'{"a": {"shape": [' + b"1," * 990_000 + b"1]}}"), "adapter_header"),
+    "many keys": (raw_header(json.dumps({f"a{n}": 0 for n in range(130_000)}).encode()), "adapter_header"),
+    "much metadata": (
+        raw_header(json.dumps({"__metadata__": {f"a{n}": "x" for n in range(110_000)}}).encode()),
+        "adapter_header",
+    ),
     "deep": (raw_header(b'{"a": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"), "adapter_header"),
     "deep enough": (raw_header(b'{"a": ' + b"[" * 10 + b"]" * 10 + b"}"), "adapter_header"),
     "many small tensors": (

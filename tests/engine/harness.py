@@ -146,6 +146,7 @@ def build(
     max_model_len: int = 256,
     max_waiting: int = 256,
     clock: Callable[[], float] = time.monotonic,
+    residency: AnyAdapters | None = None,
     **options: Any,
 ) -> Engine:
     """Return an engine that is not started yet."""
@@ -157,7 +158,7 @@ def build(
         max_model_len=max_model_len,
         eos_token_ids=[EOS],
         max_waiting=max_waiting,
-        residency=AnyAdapters(),
+        residency=residency or AnyAdapters(),
         clock=clock,
     )
 

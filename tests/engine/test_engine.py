@@ -14,14 +14,17 @@ from ovms_lora.core.errors import (
     DeadlineExceededError,
     EngineError,
     InvalidFieldError,
+    NoMemoryError,
     OvmsLoraError,
     QueueFullError,
     UnavailableError,
 )
 from ovms_lora.core.request import FinishReason
 from ovms_lora.engine.runner import FloatArray
+from ovms_lora.engine.sampler import Sampler
 from ovms_lora.engine.scheduler import Chunk
-from tests.engine.harness import Answer, Answers, alone, build, eventually, generate, request, running
+from ovms_lora.engine.sequence import Sequence as EngineSequence
+from tests.engine.harness import Answer, Answers, AnyAdapters, alone, build, eventually, generate, request, running
 from tests.fakes import EOS, FakeRunner
 
 PROMPTS = ["a", "hello", "hello world", "hello world, how are you", "x" * 31, "another one"]
@@ -350,22 +353,79 @@ def test_a_request_cancelled_before_it_is_seen_never_runs() -> None:
 # Failures.
 
 
+def fails_with(*request_ids: str, index: int | None = None) -> FakeRunner:
+    """Return a runner whose steps fail when one of these requests, or one sequence of them, takes part."""
+
+    def before_step(chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            if chunk.sequence.request.request_id in request_ids and index in (None, chunk.sequence.index):
+                raise EngineError("the device failed")
+
+    return FakeRunner(num_blocks=256, before_step=before_step)
+
+
 def test_a_failing_step_fails_only_its_batch() -> None:
-    runner = FakeRunner()
-    runner.fail_next = EngineError("the device failed")
     first, second = request("first", n=2), request("second")
-    answers = generate(first, second, runner=runner, max_num_seqs=2)
+    answers = generate(first, second, runner=fails_with("first"), max_num_seqs=2)
     for index in range(2):
         assert str(answers.of("first", index).error) == "the device failed"
     assert answers["second"].text == alone(second)
 
 
 def test_a_failing_step_ends_all_sequences_of_its_requests() -> None:
-    runner = FakeRunner()
-    runner.fail_next = EngineError("the device failed")
-    both = request(n=3)
-    answers = generate(both, runner=runner, max_num_seqs=2)
+    answers = generate(request(n=3), runner=fails_with("r", index=1), max_num_seqs=2)
     assert [isinstance(answers.of("r", index).error, EngineError) for index in range(3)] == [True] * 3
+
+
+@pytest.mark.parametrize("guilty", [0, 3, 6])
+def test_who_makes_a_step_fail_fails_alone(guilty: int) -> None:
+    requests = [request(str(i), f"prompt {i}", adapter=f"a{i % 2}", prompt_logprobs=0) for i in range(7)]
+    answers = generate(*requests, runner=fails_with(str(guilty)))
+    assert str(answers[str(guilty)].error) == "the device failed"
+    for each in (*requests[:guilty], *requests[guilty + 1 :]):
+        assert answers[each.request_id].text == alone(each)
+
+
+def test_a_step_that_fails_once_fails_nobody() -> None:
+    runner = FakeRunner(num_blocks=256)
+    runner.fail_next = EngineError("the device failed")
+    both = request("1"), request("2", "other")
+    answers = generate(*both, runner=runner)
+    assert [answers[each.request_id].text for each in both] == [alone(each) for each in both]
+
+
+def test_a_host_without_memory_fails_the_step_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    really, calls = Sampler.sample, 0
+
+    def scarce(self: Sampler, logits: FloatArray, sequences: Sequence[EngineSequence]) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise MemoryError
+        return really(self, logits, sequences)
+
+    monkeypatch.setattr(Sampler, "sample", scarce)
+    first, second, after = request("first", n=2), request("second"), request("after")
+    with running(FakeRunner(num_blocks=256), first, second) as (engine, answers):
+        answers.wait(first, second)
+        assert {type(answers.of(*key).error) for key in (("first", 0), ("first", 1), ("second", 0))} == {NoMemoryError}
+        assert engine.stats().kv_cache_usage == 0
+        engine.submit(after)
+        answers.wait(after)
+    assert answers["after"].text == alone(after)
+
+
+def test_adapters_that_find_no_memory_fail_only_their_request() -> None:
+    class NoRoom(AnyAdapters):
+        def acquire(self, sequence: EngineSequence) -> bool:
+            if any(use.digest == "big" for use in sequence.request.adapters):
+                raise NoMemoryError("no memory for the adapters of the request")
+            return True
+
+    big, small, base = request("big", adapter="big", n=2), request("small", adapter="small"), request("base")
+    answers = generate(base, big, small, residency=NoRoom())
+    assert {type(answers.of("big", index).error) for index in range(2)} == {NoMemoryError}
+    assert [answers[each.request_id].text for each in (small, base)] == [alone(small), alone(base)]
 
 
 def test_blocks_of_a_failed_step_are_never_taken_for_computed() -> None:
