@@ -11,11 +11,17 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one client may ask for. Times are in seconds, sizes in bytes unless the name says otherwise."""
+    """What clients may ask for. Times are in seconds, sizes in bytes unless the name says otherwise.
 
+    `receive_seconds` bounds the head and the body of a request, each; `send_seconds` is how long a client may leave
+    what is sent to it unread. `buffered_outputs` is how many outputs of a sequence wait for a slow reader.
+    """
+
+    connections: int = 1024
     body_bytes: int = 2 * 1024 * 1024
     header_bytes: int = 16 * 1024
     receive_seconds: float = 20.0
+    send_seconds: float = 60.0
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     heartbeat_seconds: float = 60.0
