@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ovms_lora.server.keys import ApiKey
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -33,16 +35,16 @@ class ServerOptions:
     """The settings of one server.
 
     `api_keys` empty leaves the server open; `admin_keys`, where there are some, are what loading and unloading adapters
-    needs. `poll_seconds` is how often config.json is looked at; 0 never does. `lora_path_prefixes` are the folders from
-    which a client may load adapters, beside the loading path of the base.
+    and reloading the configuration needs. `poll_seconds` is how often config.json is looked at; 0 never does.
+    `lora_path_prefixes` are the folders from which a client may load adapters, beside the loading path of the base.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     poll_seconds: float = 1.0
     log_level: str = "info"
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    admin_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_keys: tuple[ApiKey, ...] = field(default=(), repr=False)
+    admin_keys: tuple[ApiKey, ...] = field(default=(), repr=False)
     allowed_origins: tuple[str, ...] = ()
     metrics: bool = True
     runtime_lora_updating: bool = False
