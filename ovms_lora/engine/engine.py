@@ -106,8 +106,8 @@ class Engine:
         wait, UnavailableError while stopping, EngineError after the engine has failed.
         """
         self.check(request)
-        scheduler = self._scheduler
-        self._inbox.submit(request, waiting=scheduler.num_waiting_requests, sequences=len(scheduler.waiting))
+        waiting = self._scheduler.waiting
+        self._inbox.submit(request, waiting.backlog, waiting.backlog_of(request.owner))
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InvalidFieldError when a request can never run here."""
@@ -149,7 +149,7 @@ class Engine:
         scheduler, pool = self._scheduler, self._pool
         return EngineStats(
             running=len(scheduler.running),
-            waiting=scheduler.num_waiting_requests + self._inbox.num_requests,
+            waiting=scheduler.waiting.backlog.requests + self._inbox.num_requests,
             kv_cache_usage=1 - pool.num_free / pool.num_blocks,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

@@ -24,6 +24,7 @@ class Limits:
     header_bytes: int = 16 * 1024
     receive_seconds: float = 20.0
     send_seconds: float = 60.0
+    waiting_requests: int = 256
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     heartbeat_seconds: float = 60.0

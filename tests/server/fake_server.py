@@ -25,6 +25,6 @@ if __name__ == "__main__":
     ovms_lora.engine.model.load_model = FakeModels(  # type: ignore[assignment]
         runner=runner,
         max_model_len=int(os.environ.get("MODEL_LENGTH", "2048")),
-        max_waiting=int(os.environ.get("MAX_WAITING", "256")),
+        max_waiting=int(os.environ.get("MAX_WAITING", "0")) or None,
     )
     sys.exit(cli.main())
