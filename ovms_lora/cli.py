@@ -87,6 +87,13 @@ def _serve_parser() -> FlagParser:
         metavar="FILE",
         help="API keys, one a line, or JSON of tenants (or the environment's API_KEY)",
     )
+    parser.add(
+        "limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="change a bound on what clients may do (repeatable; docs/limits.md has them all)",
+    )
     parser.add("allowed_origins", default="", metavar="ORIGINS", help="origins for CORS, comma-separated, or *")
     parser.add(
         "metrics_enable",
@@ -165,6 +172,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _server_options(arguments: argparse.Namespace) -> ServerOptions:
+    from ovms_lora.server.limit_flags import limits_of
     from ovms_lora.server.options import ServerOptions
 
     return ServerOptions(
@@ -178,6 +186,7 @@ def _server_options(arguments: argparse.Namespace) -> ServerOptions:
         metrics=arguments.metrics_enable is not False,
         runtime_lora_updating=arguments.allow_runtime_lora_updating,
         lora_path_prefixes=_lora_path_prefixes(arguments),
+        limits=limits_of(arguments.limit),
     )
 
 
