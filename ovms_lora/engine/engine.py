@@ -109,6 +109,11 @@ class Engine:
         waiting = self._scheduler.waiting
         self._inbox.submit(request, waiting.backlog, waiting.backlog_of(request.owner))
 
+    def check_room(self, owner: str, queue_share: float) -> None:
+        """Raise QueueFullError when the queue has no room for a request of this owner; from any thread."""
+        waiting = self._scheduler.waiting
+        self._inbox.check_room(owner, queue_share, waiting.backlog, waiting.backlog_of(owner))
+
     def check(self, request: GenerationRequest) -> None:
         """Raise InvalidFieldError when a request can never run here."""
         prompt, limit = len(request.prompt_token_ids), self.max_model_len

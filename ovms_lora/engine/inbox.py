@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -81,12 +81,16 @@ class Inbox:
             self._check_open()
             if request.request_id in self._ids:
                 raise InvalidFieldError(f"a request with the id {request.request_id} runs already", param="request_id")
-            self._check_room(request, self._messages, behind)
-            if request.queue_share < 1:
-                self._check_room(request, self._of_owner(request.owner), own, share=request.queue_share)
+            self._check_requests(request.owner, request.queue_share, behind, own)
+            self._check_sequences(request, behind, own)
             self._ids.add(request.request_id)
             self._messages.append(request)
             self._changed.notify()
+
+    def check_room(self, owner: str, share: float, behind: Backlog, own: Backlog) -> None:
+        """Raise QueueFullError when a request of this owner, with this share of the queue, would be refused now."""
+        with self._changed:
+            self._check_requests(owner, share, behind, own)
 
     def cancel(self, request_id: str) -> None:
         """Leave the wish to drop a request."""
@@ -161,18 +165,23 @@ class Inbox:
         messages = (message for message in self._messages if isinstance(message, GenerationRequest))
         return [message for message in messages if message.owner == owner]
 
-    def _check_room(
-        self, request: GenerationRequest, here: Iterable[GenerationRequest | str], behind: Backlog, share: float = 1.0
-    ) -> None:
-        """Raise QueueFullError when so much waits, here and behind, that a request is too much for this share."""
-        whose = "" if share == 1 else " of yours"
-        sequences = [message.sampling.n for message in here if isinstance(message, GenerationRequest)]
+    def _check_requests(self, owner: str, share: float, behind: Backlog, own: Backlog) -> None:
+        if behind.requests + self._count() >= self._max_waiting:
+            raise QueueFullError(f"{self._max_waiting} requests are waiting already")
         most = max(1, int(self._max_waiting * share))
-        if behind.requests + len(sequences) >= most:
-            raise QueueFullError(f"{most} requests{whose} are waiting already")
-        most = max(request.sampling.n, int(_MOST_SEQUENCES * share))
-        if behind.sequences + sum(sequences) + request.sampling.n > most:
-            raise QueueFullError(f"{most} sequences{whose} would wait with these")
+        if share < 1 and own.requests + len(self._of_owner(owner)) >= most:
+            raise QueueFullError(f"{most} requests of yours are waiting already")
+
+    def _check_sequences(self, request: GenerationRequest, behind: Backlog, own: Backlog) -> None:
+        n, share = request.sampling.n, request.queue_share
+        if behind.sequences + self._count_sequences() + n > _MOST_SEQUENCES:
+            raise QueueFullError(f"{_MOST_SEQUENCES} sequences would wait with these")
+        most = max(n, int(_MOST_SEQUENCES * share))
+        if share < 1 and own.sequences + sum(one.sampling.n for one in self._of_owner(request.owner)) + n > most:
+            raise QueueFullError(f"{most} sequences of yours would wait with these")
+
+    def _count_sequences(self) -> int:
+        return sum(message.sampling.n for message in self._messages if isinstance(message, GenerationRequest))
 
     def _check_open(self) -> None:
         if self.closed:

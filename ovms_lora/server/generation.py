@@ -61,6 +61,8 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
     selection = await server.select(dialect.model_name(document, server.registry), tenant)
     metrics = server.metrics.begin(dialect.name, selection.served.name, streamed=document.get("stream") is True)
     try:
+        # Before anything is worked out for it: refusing must cost less than serving.
+        selection.served.model.engine.check_room(tenant.name, tenant.queue_share)
         values = await server.workers.run(size, _values, document, selection.served, endpoint)
         tenant.check_blend(selection.served.name, AdapterChoice.of(values).blended)
         uses = await server.uses(selection, AdapterChoice.of(values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 from uvicorn.server import ServerState
 
@@ -95,10 +96,14 @@ def chunked(content: bytes, size: int) -> bytes:
 
 @contextlib.asynccontextmanager
 async def listening(
-    models: FakeModels | None = None, *, options: ServerOptions | None = None, limits: Limits | None = None
+    models: FakeModels | None = None,
+    *,
+    options: ServerOptions | None = None,
+    limits: Limits | None = None,
+    source: Path | None = None,
 ) -> AsyncIterator[Listening]:
     options = options or ServerOptions(poll_seconds=0, limits=limits or Limits())
-    async with serving(models, options=options) as served:
+    async with serving(models, options=options, source=source) as served:
         config, state = http_config(served.app, options), ServerState()
         config.load()
 
