@@ -25,15 +25,18 @@ import httpx
 
 _USUAL = 1.5  # a request that takes no longer than this many times its time alone is answered as usual
 _PATIENCE = 30.0
+# As many as it takes; none is used again just when the server closes it for being idle.
+CONNECTIONS = httpx.Limits(max_connections=None, keepalive_expiry=2)
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request: its status (0 when the connection failed), whether it says when to come again, and its time."""
+    """One request: its status (0: no answer), whether it says when to come again, how long it took, when it ended."""
 
     status: int
     retry_after: bool
     seconds: float
+    ended: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +68,9 @@ def asker(client: httpx.AsyncClient, path: str, body: Mapping[str, Any], key: st
         try:
             response = await client.post(path, json=body, headers=headers)
         except httpx.TransportError:
-            return Asked(0, False, time.perf_counter() - begun)
-        return Asked(response.status_code, "retry-after" in response.headers, time.perf_counter() - begun)
+            response = httpx.Response(0)
+        ended = time.perf_counter()
+        return Asked(response.status_code, "retry-after" in response.headers, ended - begun, ended)
 
     return ask
 
@@ -92,14 +96,14 @@ async def saturation(ask: Ask, *, clients: int, seconds: float) -> float:
     return answered / seconds
 
 
-async def open_loop(ask: Ask, *, rate: float, seconds: float) -> list[Asked]:
-    """Ask at a fixed rate, without waiting for answers; return all of them when the last one has come."""
+async def open_loop(ask: Ask, *, rate: float, seconds: float) -> list[asyncio.Task[Asked]]:
+    """Ask at a fixed rate, without waiting for answers; return when the last one is sent."""
     begun = time.perf_counter()
     tasks: list[asyncio.Task[Asked]] = []
     for number in range(int(rate * seconds)):
         await asyncio.sleep(max(0.0, begun + number / rate - time.perf_counter()))
         tasks.append(asyncio.create_task(ask()))
-    return await asyncio.gather(*tasks)
+    return tasks
 
 
 async def recovery(ask: Ask, alone: float) -> float:
@@ -109,6 +113,7 @@ async def recovery(ask: Ask, alone: float) -> float:
         asked = await ask()
         if asked.status == 200 and asked.seconds <= alone * _USUAL:
             break
+        await asyncio.sleep(0.05)
     return time.perf_counter() - begun
 
 
@@ -117,11 +122,11 @@ async def measure(ask: Ask, *, clients: int, factor: float, seconds: float) -> R
     alone = statistics.median([(await ask()).seconds for _ in range(5)])
     capacity = await saturation(ask, clients=clients, seconds=max(2.0, seconds / 4))
     begun = time.perf_counter()
-    loop = asyncio.create_task(open_loop(ask, rate=factor * capacity, seconds=seconds))
-    await asyncio.sleep(seconds)
+    tasks = await open_loop(ask, rate=factor * capacity, seconds=seconds)
+    overloaded = time.perf_counter()
     recovered = await recovery(ask, alone)
-    asked = await loop
-    spent = max(seconds, time.perf_counter() - begun - recovered)
+    asked = await asyncio.gather(*tasks)
+    within = sum(one.status == 200 and one.ended <= overloaded for one in asked)
     accepted = [one.seconds for one in asked if one.status == 200]
     refused = [one for one in asked if one.status == 429]
     return Report(
@@ -130,7 +135,7 @@ async def measure(ask: Ask, *, clients: int, factor: float, seconds: float) -> R
         accepted=len(accepted),
         refused=len(refused),
         failed=len(asked) - len(accepted) - len(refused),
-        goodput=len(accepted) / spent,
+        goodput=within / (overloaded - begun),
         refusal_p50=quantile([one.seconds for one in refused], 0.5),
         refusal_p99=quantile([one.seconds for one in refused], 0.99),
         without_retry_after=sum(not one.retry_after for one in refused),
@@ -141,8 +146,7 @@ async def measure(ask: Ask, *, clients: int, factor: float, seconds: float) -> R
 
 async def _run(options: argparse.Namespace) -> Report:
     body = {"model": options.model, "prompt": "hello", "max_tokens": options.tokens, "ignore_eos": True}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    async with httpx.AsyncClient(base_url=options.url, timeout=600, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=options.url, timeout=600, limits=CONNECTIONS) as client:
         ask = asker(client, "/v1/completions", body, options.key)
         return await measure(ask, clients=options.clients, factor=options.factor, seconds=options.seconds)
 

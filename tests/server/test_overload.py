@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.overload import Ask, asker, measure, open_loop, quantile
+from bench.overload import CONNECTIONS, Ask, asker, measure, open_loop, quantile
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.server.keys import ApiKey, digest_of
 from ovms_lora.server.options import Limits, ServerOptions
@@ -40,7 +40,7 @@ def models() -> FakeModels:
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(timeout=30, limits=CONNECTIONS) as client:
         yield client
 
 
@@ -78,7 +78,7 @@ async def p99_under(flood: Ask, calm: Ask, *, rate: float) -> tuple[float, float
     flooding = asyncio.create_task(open_loop(flood, rate=rate, seconds=5))
     await asyncio.sleep(1)
     beside = await asked()
-    await flooding
+    await asyncio.gather(*await flooding)
     return alone, beside
 
 
