@@ -1,7 +1,8 @@
 """Write the generated parts of the documentation: `make docs`.
 
-Owns: docs/cli.md from the argument parsers, config/config.schema.json from the configuration's classes, docs/metrics.md
-from the metrics themselves. `tests/test_docs.py` compares these files with what this module would write.
+Owns: docs/cli.md from the argument parsers, docs/limits.md from the limits, config/config.schema.json from the
+configuration's classes, docs/metrics.md from the metrics themselves. `tests/test_docs.py` compares these files with
+what this module would write.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from ovms_lora.engine.engine import EngineStats
 from ovms_lora.engine.lora_config import AdapterCard, LoraConfig
 from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import build_parser
+from ovms_lora.server.limit_flags import MEANINGS
 from ovms_lora.server.metrics import Metrics
+from ovms_lora.server.options import Limits
 from ovms_lora.server.registry import ModelRegistry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +49,7 @@ def generated() -> dict[Path, str]:
     parts: dict[str, Callable[[], str]] = {
         "docs/cli.md": command_line,
         "docs/metrics.md": metrics,
+        "docs/limits.md": limits,
         "config/config.schema.json": config_schema,
     }
     return {ROOT / name: part() for name, part in parts.items()}
@@ -62,6 +66,15 @@ def command_line() -> str:
     text += _command("ovms-lora remove", repository_cli.remove_parser())
     text += _command("export_model.py text_generation", tasks.choices["text_generation"])
     return text + "\n`ovms-lora export text_generation` is the same command.\n"
+
+
+def limits() -> str:
+    """Return docs/limits.md."""
+    rows = "".join(f"| `{field.name}` | {field.default:.7g} | {MEANINGS[field.name]} |\n" for field in fields(Limits))
+    return (
+        f"# Limits\n\n{_NOTE}\n\nEach is changed with `--limit NAME=NUMBER`. Bounds on fields of requests stand in "
+        f"[SECURITY.md](../SECURITY.md).\n\n| name | default | bounds |\n|---|---|---|\n{rows}"
+    )
 
 
 def _command(name: str, parser: argparse.ArgumentParser) -> str:

@@ -19,6 +19,7 @@ from ovms_lora.core.errors import ConfigError, OvmsLoraError, UsageError
 from ovms_lora.core.flags import FlagParser
 
 if TYPE_CHECKING:
+    from ovms_lora.server.keys import ApiKey
     from ovms_lora.server.model_source import LoraDefaults, LoraModule, ModelSource
     from ovms_lora.server.options import ServerOptions
 
@@ -80,7 +81,19 @@ def _serve_parser() -> FlagParser:
         help="how often config.json is looked at for changes (default 1; 0 never)",
     )
     parser.add("log_level", type=_log_level, default="info", metavar="LEVEL", help="error, warning, info or debug")
-    parser.add("api_key_file", type=Path, metavar="FILE", help="API keys, one a line (or the environment's API_KEY)")
+    parser.add(
+        "api_key_file",
+        type=Path,
+        metavar="FILE",
+        help="API keys, one a line, or JSON of tenants (or the environment's API_KEY)",
+    )
+    parser.add(
+        "limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="change a bound on what clients may do (repeatable; docs/limits.md has them all)",
+    )
     parser.add("allowed_origins", default="", metavar="ORIGINS", help="origins for CORS, comma-separated, or *")
     parser.add(
         "metrics_enable",
@@ -124,7 +137,12 @@ def _add_lora_flags(parser: FlagParser) -> None:
         help="where clients may load adapters from (repeatable; default the folder of config.json; "
         "a loading path always is)",
     )
-    parser.add("admin_key_file", type=Path, metavar="FILE", help="keys for that (or the environment's ADMIN_API_KEY)")
+    parser.add(
+        "admin_key_file",
+        type=Path,
+        metavar="FILE",
+        help="keys for that and for reloading (or the environment's ADMIN_API_KEY)",
+    )
 
 
 def _check_parser() -> FlagParser:
@@ -154,6 +172,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _server_options(arguments: argparse.Namespace) -> ServerOptions:
+    from ovms_lora.server.limit_flags import limits_of
     from ovms_lora.server.options import ServerOptions
 
     return ServerOptions(
@@ -161,12 +180,13 @@ def _server_options(arguments: argparse.Namespace) -> ServerOptions:
         port=arguments.rest_port,
         poll_seconds=arguments.file_system_poll_wait_seconds,
         log_level=arguments.log_level,
-        api_keys=_keys("--api_key_file", arguments.api_key_file, "API_KEY"),
+        api_keys=_keys("--api_key_file", arguments.api_key_file, "API_KEY", tenants=True),
         admin_keys=_keys("--admin_key_file", arguments.admin_key_file, "ADMIN_API_KEY"),
         allowed_origins=tuple(filter(None, (origin.strip() for origin in arguments.allowed_origins.split(",")))),
         metrics=arguments.metrics_enable is not False,
         runtime_lora_updating=arguments.allow_runtime_lora_updating,
         lora_path_prefixes=_lora_path_prefixes(arguments),
+        limits=limits_of(arguments.limit),
     )
 
 
@@ -267,18 +287,12 @@ def _json_object(flag: str, text: str | None) -> dict[str, Any]:
     return value
 
 
-def _keys(flag: str, path: Path | None, variable: str) -> tuple[str, ...]:
+def _keys(flag: str, path: Path | None, variable: str, *, tenants: bool = False) -> tuple[ApiKey, ...]:
+    from ovms_lora.server.keys import key_of_environment, read_keys
+
     if path is None:
-        key = os.environ.get(variable, "").strip()
-        return (key,) if key else ()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {flag} {path}", hint="give a text file with one key a line") from error
-    keys = tuple(filter(None, map(str.strip, lines)))
-    if not keys:
-        raise UsageError(f"{flag} {path} holds no key", hint="write one key a line")
-    return keys
+        return key_of_environment(variable, os.environ.get(variable, ""))
+    return read_keys(flag, path, tenants=tenants)
 
 
 def _count(text: str) -> int:

@@ -19,7 +19,7 @@ from ovms_lora.core.names import check_alias, check_model_name
 from ovms_lora.core.ovms_keys import OvmsKeys
 from ovms_lora.core.plain_file import read_text
 from ovms_lora.core.strength import MAX_STRENGTH
-from ovms_lora.core.strict_model import LocalPath, StrictModel, checked, refusal
+from ovms_lora.core.strict_model import LocalPath, StrictModel, checked, refusal, unique_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +197,7 @@ def read_server_config(path: Path) -> ServerConfig:
 def parse_server_config(text: str, *, origin: str = "config.json") -> ServerConfig:
     """Parse the text of a config.json; `origin` stands in error messages. Raises ConfigError."""
     try:
-        document = json.loads(text, object_pairs_hook=_unique_keys)
+        document = json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise ConfigError(f"{origin} is nested too deeply", hint="write it in the form of the examples") from error
     except ValueError as error:  # JSONDecodeError, a key that stands twice, a number of more digits than Python reads
@@ -209,12 +209,3 @@ def parse_server_config(text: str, *, origin: str = "config.json") -> ServerConf
     except ValidationError as error:
         fault = fault_of(error)
         raise ConfigError(f"{origin}: {fault.place}: {fault.message}", hint=fault.hint) from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!a} stands twice in one object")
-    return result

@@ -17,6 +17,7 @@ OvmsLoraError                    a one-line cause, and perhaps a hint what to do
     ├── MalformedBodyError       the body is not a JSON object with a model name
     ├── InvalidFieldError        one field is missing, of a wrong type, out of range or unsupported
     ├── ModelNotFoundError       no model, adapter or composite has that name
+    ├── ForbiddenError           the client's key does not open that model, adapter or composite
     ├── AdapterUnavailableError  the adapter that the request names cannot be loaded
     ├── QueueFullError           too many requests wait
     ├── UnavailableError         starting, draining or stopped
@@ -152,6 +153,14 @@ class ModelNotFoundError(RequestError):
     def __init__(self, name: str) -> None:
         super().__init__(f"The model `{name}` does not exist.")
         self.name = name
+
+
+class ForbiddenError(RequestError):
+    """The client's key does not open the model, adapter or composite; whether there is one is not said."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The key may not use the model `{name}`.")
+        self.param = "model"
 
 
 class AdapterUnavailableError(RequestError):

@@ -54,7 +54,8 @@ class GenerationRequest:
 
     `adapters` empty is the plain base model; several are summed: Σ αᵢ·scalingᵢ·BᵢAᵢ. `cache_salt` keeps the prefix
     blocks of different owners apart. `deadline` is in seconds of the engine's clock. `constraint` is what each of its
-    sequences must match.
+    sequences must match. Owners take turns, and `queue_share`, 0 … 1, is how much of the queue may hold requests of
+    this `owner`.
     """
 
     request_id: str
@@ -64,6 +65,8 @@ class GenerationRequest:
     cache_salt: str = ""
     deadline: float | None = None
     constraint: TokenConstraint | None = None
+    owner: str = ""
+    queue_share: float = 1.0
 
 
 class FinishReason(StrEnum):

@@ -7,7 +7,7 @@ until `config` makes a ConfigError of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
@@ -36,6 +36,16 @@ def checked(check: Callable[[str], str]) -> AfterValidator:
             raise refusal(error.message, hint=error.hint or "") from error
 
     return AfterValidator(validate)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON document, for `object_pairs_hook`. Raises ValueError when a key stands twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!a} stands twice in one object")
+    return result
 
 
 def _check_path(path: str) -> str:

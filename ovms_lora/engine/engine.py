@@ -109,8 +109,13 @@ class Engine:
         wait, UnavailableError while stopping, EngineError after the engine has failed.
         """
         self.check(request)
-        scheduler = self._scheduler
-        self._inbox.submit(request, waiting=scheduler.num_waiting_requests, sequences=len(scheduler.waiting))
+        waiting = self._scheduler.waiting
+        self._inbox.submit(request, waiting.backlog, waiting.backlog_of(request.owner))
+
+    def check_room(self, owner: str, queue_share: float) -> None:
+        """Raise QueueFullError when the queue has no room for a request of this owner; from any thread."""
+        waiting = self._scheduler.waiting
+        self._inbox.check_room(owner, queue_share, waiting.backlog, waiting.backlog_of(owner))
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InvalidFieldError when a request can never run here."""
@@ -152,7 +157,7 @@ class Engine:
         scheduler, pool = self._scheduler, self._pool
         return EngineStats(
             running=len(scheduler.running),
-            waiting=scheduler.num_waiting_requests + self._inbox.num_requests,
+            waiting=scheduler.waiting.backlog.requests + self._inbox.num_requests,
             kv_cache_usage=1 - pool.num_free / pool.num_blocks,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

@@ -22,10 +22,12 @@ from ovms_lora.core.errors import (
     UnavailableError,
 )
 from ovms_lora.core.request import GenerationRequest
+from ovms_lora.engine.waiting_queue import Backlog
 
 T = TypeVar("T")
 
 _MOST_SEQUENCES = 4096  # that wait: each has its own copy of the prompt, so requests alone do not bound the memory
+_NOTHING = Backlog()
 _IDLE_SECONDS = 0.5  # how often an idle engine shows that it is alive
 
 
@@ -46,7 +48,8 @@ class _Task:
 
 
 class Inbox:
-    """Takes requests, cancellations and tasks. With `max_waiting` requests waiting, here and behind, it is full.
+    """Takes requests, cancellations and tasks. With `max_waiting` requests waiting, here and behind, it is full;
+    for an owner with a share of the queue when so much of its own waits.
 
     It knows the ids of all requests that have not ended, so that no two of them have one id.
     """
@@ -66,8 +69,8 @@ class Inbox:
         with self._changed:
             return self._count()
 
-    def submit(self, request: GenerationRequest, *, waiting: int, sequences: int = 0) -> None:
-        """Leave a request; `waiting` is how many wait behind the inbox, and `sequences` how many sequences they are.
+    def submit(self, request: GenerationRequest, behind: Backlog = _NOTHING, own: Backlog = _NOTHING) -> None:
+        """Leave a request; `behind` is what waits behind the inbox, and `own` what of that is of the same owner.
 
         Raises QueueFullError, InvalidFieldError when a request with this id has not ended, UnavailableError after
         `close`, EngineError after `fail`.
@@ -78,13 +81,16 @@ class Inbox:
             self._check_open()
             if request.request_id in self._ids:
                 raise InvalidFieldError(f"a request with the id {request.request_id} runs already", param="request_id")
-            if waiting + self._count() >= self._max_waiting:
-                raise QueueFullError(f"{self._max_waiting} requests are waiting already")
-            if sequences + self._count_sequences() + request.sampling.n > _MOST_SEQUENCES:
-                raise QueueFullError(f"{_MOST_SEQUENCES} sequences would wait with these")
+            self._check_requests(request.owner, request.queue_share, behind, own)
+            self._check_sequences(request, behind, own)
             self._ids.add(request.request_id)
             self._messages.append(request)
             self._changed.notify()
+
+    def check_room(self, owner: str, share: float, behind: Backlog, own: Backlog) -> None:
+        """Raise QueueFullError when a request of this owner, with this share of the queue, would be refused now."""
+        with self._changed:
+            self._check_requests(owner, share, behind, own)
 
     def cancel(self, request_id: str) -> None:
         """Leave the wish to drop a request."""
@@ -154,6 +160,25 @@ class Inbox:
 
     def _count(self) -> int:
         return sum(isinstance(message, GenerationRequest) for message in self._messages)
+
+    def _of_owner(self, owner: str) -> list[GenerationRequest]:
+        messages = (message for message in self._messages if isinstance(message, GenerationRequest))
+        return [message for message in messages if message.owner == owner]
+
+    def _check_requests(self, owner: str, share: float, behind: Backlog, own: Backlog) -> None:
+        if behind.requests + self._count() >= self._max_waiting:
+            raise QueueFullError(f"{self._max_waiting} requests are waiting already")
+        most = max(1, int(self._max_waiting * share))
+        if share < 1 and own.requests + len(self._of_owner(owner)) >= most:
+            raise QueueFullError(f"{most} requests of yours are waiting already")
+
+    def _check_sequences(self, request: GenerationRequest, behind: Backlog, own: Backlog) -> None:
+        n, share = request.sampling.n, request.queue_share
+        if behind.sequences + self._count_sequences() + n > _MOST_SEQUENCES:
+            raise QueueFullError(f"{_MOST_SEQUENCES} sequences would wait with these")
+        most = max(n, int(_MOST_SEQUENCES * share))
+        if share < 1 and own.sequences + sum(one.sampling.n for one in self._of_owner(request.owner)) + n > most:
+            raise QueueFullError(f"{most} sequences of yours would wait with these")
 
     def _count_sequences(self) -> int:
         return sum(message.sampling.n for message in self._messages if isinstance(message, GenerationRequest))

@@ -80,12 +80,14 @@ def load_model(
     plugin_config: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     lora: LoraConfig | None = None,
+    max_waiting: int = 256,
 ) -> LoadedModel:
     """Load a model folder and start its engine; takes seconds.
 
     `graph_path` is relative to the folder; `device` and `plugin_config` are laid over what the graph says, `overrides`
-    replace other EngineOptions of it. With `lora` the model takes runtime adapters; those that cannot be loaded are
-    left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the folder cannot be served.
+    replace other EngineOptions of it; `max_waiting` requests may wait. With `lora` the model takes runtime adapters;
+    those that cannot be loaded are left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the
+    folder cannot be served.
     """
     folder, options = read_options(folder, graph_path)
     properties = {**options.plugin_config, **(plugin_config or {})}
@@ -107,6 +109,7 @@ def load_model(
         deliver=deliver,
         max_model_len=max_model_len,
         eos_token_ids=defaults.eos_token_ids,
+        max_waiting=max_waiting,
         residency=runtime.graphs.residency if runtime else None,
     )
     if runtime:

@@ -1,6 +1,6 @@
 """Scheduler: which sequences take part in the next step, and with how many of their tokens.
 
-    waiting  ──admit (oldest first, all blocks of its known tokens)──►  running
+    waiting  ──admit (in turn, all blocks of its known tokens)───────►  running
     running  ──preempt (youngest first, when no block is left)──────►  front of waiting
     parents  ──replace (beam search: each may have several children)─►  running, or waiting where there is no room
 
@@ -11,7 +11,6 @@ texts are not known here.
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +19,7 @@ from ovms_lora.core.errors import EngineError
 from ovms_lora.engine.block_pool import BlockPool
 from ovms_lora.engine.block_tables import BlockCopy, BlockTables
 from ovms_lora.engine.sequence import Fork, Sequence, SequenceStatus
+from ovms_lora.engine.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,32 +94,22 @@ class Scheduler:
     ) -> None:
         self.blocks = BlockTables(pool, prefix_caching=limits.prefix_caching, copies_blocks=copies_blocks)
         self.limits = limits
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.refused: dict[str, EngineError] = {}  # requests whose adapters the device cannot take, until next planned
         self._residency = residency or NoAdapters()
-        self._arrivals = 0
-        self._waiting_of: Counter[str] = Counter()  # how many sequences of each request wait
-
-    @property
-    def num_waiting_requests(self) -> int:
-        """How many requests have a sequence that waits; from any thread."""
-        return len(self._waiting_of)
 
     @property
     def has_work(self) -> bool:
         """Whether a sequence waits or runs."""
-        return bool(self.waiting or self.running)
+        return bool(self.waiting.backlog.sequences or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the queue. It must fit into the pool when it is alone."""
+        """Put a new sequence into the queue. It must fit into the pool when it is alone."""
         pool = self.blocks.pool
         assert pool.blocks_for(sequence.num_tokens) <= pool.num_blocks, "the engine refuses such prompts"
-        sequence.arrival = self._arrivals
-        self._arrivals += 1
-        self._waiting_of[sequence.request.request_id] += 1
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def schedule(self) -> list[Chunk]:
         """Plan one step, with the copies of blocks that come before it; empty only when nothing can run."""
@@ -152,7 +142,6 @@ class Scheduler:
             self._give_back(sequence)
         else:
             self.waiting.remove(sequence)
-            self._waits_no_more(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
 
     def replace(self, parents: Iterable[Sequence], forks: Iterable[Fork]) -> None:
@@ -165,7 +154,7 @@ class Scheduler:
                 self.blocks.share(fork)
                 running.append(fork.child)
             else:
-                self._wait(fork.child)
+                self.waiting.put_back(fork.child)
         for parent in parents:
             self.finish(parent)
         for child in running:
@@ -174,7 +163,7 @@ class Scheduler:
                 self.running.append(child)
             else:
                 self._give_back(child)
-                self._wait(child)
+                self.waiting.put_back(child)
 
     def _continue_running(self, chunks: list[Chunk], budget: int) -> int:
         decoding = [sequence for sequence in self.running if sequence.num_pending == 1]
@@ -198,31 +187,32 @@ class Scheduler:
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         passed: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self._most_running:
-            sequence = self.waiting[0]
+        while budget > 0 and len(self.running) < self._most_running:
+            sequence = self.waiting.first
+            if sequence is None:
+                break
             if sequence.parked:
-                passed.append(self.waiting.popleft())
+                passed.append(self.waiting.pass_by())
                 continue
             if not self._fits(sequence, chunks, budget):
                 break
             if not self._acquire(sequence):
                 if sequence.bypassed >= self.limits.max_bypasses:
                     break
-                passed.append(self.waiting.popleft())
+                passed.append(self.waiting.pass_by())
                 continue
             # Each running sequence may soon want one more block: a newcomer that takes the last ones would be preempted
             # after its prefill was paid for.
             if not self.blocks.open(sequence, reserve=len(self.running)):
                 self._residency.release(sequence)
                 break
-            self.waiting.popleft()
-            self._waits_no_more(sequence)
+            self.waiting.admit()
             sequence.move_to(SequenceStatus.RUNNING)
             self.running.append(sequence)
             for older in passed:
                 older.bypassed += not older.parked
             budget -= self._fill(sequence, chunks, budget)
-        self.waiting.extendleft(reversed(passed))
+        self.waiting.restore(passed)
 
     def _acquire(self, sequence: Sequence) -> bool:
         try:
@@ -268,19 +258,7 @@ class Scheduler:
         self._give_back(sequence)
         sequence.move_to(SequenceStatus.WAITING)
         self.num_preemptions += 1
-        self._wait(sequence)
-
-    def _wait(self, sequence: Sequence) -> None:
-        # The queue stays in the order of arrival, so that an old sequence is never behind a young one.
-        place = sum(1 for waiting in self.waiting if waiting.arrival < sequence.arrival)
-        self.waiting.insert(place, sequence)
-        self._waiting_of[sequence.request.request_id] += 1
-
-    def _waits_no_more(self, sequence: Sequence) -> None:
-        request_id = sequence.request.request_id
-        self._waiting_of[request_id] -= 1
-        if not self._waiting_of[request_id]:
-            del self._waiting_of[request_id]
+        self.waiting.put_back(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.close(sequence)

@@ -43,6 +43,8 @@ class Sequence:
     `num_cached` of the prompt's were found in the cache when the sequence was first admitted; None before that.
     `tiles` are those of its adapters while it runs; None for the plain base.
     `matcher` follows the request's constraint along the output; it has no part in a preemption.
+    `had_turn` says that it has been admitted before; `bypassed` counts younger ones that were admitted before it,
+    because its adapters had no room.
     `parked` says that there is nothing to compute: its next token depends on other beams that are not as far yet.
     """
 
@@ -55,6 +57,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     tiles: SequenceTiles | None = None
     arrival: int = 0
+    had_turn: bool = False
     bypassed: int = 0
     matcher: TokenMatcher | None = None
     parked: bool = False

@@ -35,6 +35,11 @@ class AdapterChoice:
         """Return the choice in the checked fields of a request."""
         return cls(values.get("lora_alphas"), values.get("lora"))
 
+    @property
+    def blended(self) -> tuple[str, ...]:
+        """The aliases of the blend."""
+        return tuple(alias for alias, _ in self.blend or ())
+
     def names(self, selection: Selection) -> tuple[str, ...]:
         """Return the aliases that the request names. Raises InvalidFieldError where a blend has no base."""
         if self.blend is not None and selection.alias is not None:
@@ -42,7 +47,7 @@ class AdapterChoice:
                 f"lora needs the base in model: '{selection.served.name}', not an adapter", param="lora"
             )
         if self.blend is not None:
-            return tuple(alias for alias, _ in self.blend)
+            return self.blended
         return () if selection.alias is None else (selection.alias,)
 
     def uses(self, selection: Selection) -> tuple[AdapterUse, ...]:

@@ -1,11 +1,14 @@
-"""API keys: a request without one gets nowhere but to the health probes; an admin key opens everything.
+"""The check of API keys: a request without one gets nowhere but to the health probes.
 
-Owns the check, in front of the whole application. Keys are kept as hashes and compared in constant time.
+    admin key        everything
+    tenant's key     the paths of tenants; there only its models
+    any other key    everything, but what needs an admin key where there are some
+
+Owns the check, in front of the whole application; it sees the path that is routed. What keys are stands in `keys`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Iterable
 
@@ -15,9 +18,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ovms_lora.server.errors import error_style
 from ovms_lora.server.health import PROBES
+from ovms_lora.server.keys import ApiKey, digest_of
+from ovms_lora.server.tenants import PUBLIC, STATE, Tenant
 
 # What changes the server, and so needs an admin key where there is one.
-ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/config/reload"})
+
+# What a tenant's key opens; below each the tenant's models are all that it finds.
+_TENANT_PATHS = frozenset({"/v2", "/docs", "/openapi.json", "/v1/completions", "/v1/tokenize", "/v1/models"})
+_TENANT_FOLDERS = ("/v3/", "/v1/chat/", "/v1/models/", "/v2/")
 
 
 class ApiKeyMiddleware:
@@ -26,37 +35,48 @@ class ApiKeyMiddleware:
     Without `keys` only the admin paths are closed; without `admin_keys` they are like all others.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], admin_keys: Iterable[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[ApiKey], admin_keys: Iterable[ApiKey] = ()) -> None:
         self._app = app
-        self._hashes = [_hash(key) for key in keys]
-        self._admin_hashes = [_hash(key) for key in admin_keys]
+        self._keys = tuple(keys)
+        self._admin_keys = tuple(admin_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401, or 403 where the key is known and opens less."""
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        if refusal is None:
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        await error_style(scope["path"]).http(refusal)(scope, receive, send)
+        admitted = self._admitted(scope["path"], Headers(scope=scope))
+        if isinstance(admitted, Tenant):
+            scope.setdefault("state", {})[STATE] = admitted
+            await self._app(scope, receive, send)
+            return
+        await error_style(scope["path"]).http(admitted)(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> HTTPException | None:
-        for_admins = bool(self._admin_hashes) and scope["path"] in ADMIN_PATHS
-        if scope["path"] in PROBES or not (self._hashes or for_admins):
-            return None
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = _hash(key.strip()) if scheme.lower() == "bearer" else b""
-        is_admin, is_client = _known(given, self._admin_hashes), _known(given, self._hashes)
-        if is_admin or (is_client and not for_admins):
-            return None
-        if is_client:
+    def _admitted(self, path: str, headers: Headers) -> Tenant | HTTPException:
+        """Return whose request it is, or what refuses it."""
+        for_admins = bool(self._admin_keys) and path in ADMIN_PATHS
+        if path in PROBES or not (self._keys or for_admins):
+            return PUBLIC
+        digest = digest_of(_bearer(headers.getlist("authorization")))
+        if _find(digest, self._admin_keys):
+            return PUBLIC
+        key = _find(digest, self._keys)
+        if key is None:
+            return HTTPException(401, "Unauthorized", {"WWW-Authenticate": "Bearer"})
+        if for_admins:
             return HTTPException(403, "an admin key is needed")
-        return HTTPException(401, "Unauthorized", {"WWW-Authenticate": "Bearer"})
+        if key.tenant.name and path not in _TENANT_PATHS and not path.startswith(_TENANT_FOLDERS):
+            return HTTPException(403, "this is not for keys of tenants")
+        return key.tenant
 
 
-def _known(given: bytes, hashes: list[bytes]) -> bool:
+def _bearer(values: list[str]) -> str:
+    """Return the key that is given; empty, which none is, where none or several are."""
+    scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _find(digest: bytes, keys: tuple[ApiKey, ...]) -> ApiKey | None:
     # All keys are compared, so that the time does not tell which one was near.
-    return any([hmac.compare_digest(given, known) for known in hashes])
-
-
-def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    found = [key for key in keys if hmac.compare_digest(digest, key.digest)]
+    return found[0] if found else None

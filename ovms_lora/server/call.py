@@ -15,6 +15,7 @@ from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine.output_parsers.parser import Grammar, plain
 from ovms_lora.server.adapter_choice import AdapterChoice
 from ovms_lora.server.constraints import AskedConstraint
+from ovms_lora.server.tenants import PUBLIC, Tenant
 
 if TYPE_CHECKING:
     from ovms_lora.server.sampling import TokenBudget
@@ -49,6 +50,7 @@ class Call:
     echo: bool = False
     wants_prompt_logprobs: bool = False
     cache_salt: str = ""
+    tenant: Tenant = PUBLIC
     adapters: AdapterChoice = field(default_factory=AdapterChoice)
     constraint: AskedConstraint | None = None
     grammar: Grammar = plain
@@ -72,9 +74,11 @@ class Call:
                 prompt_token_ids=prompt.token_ids,
                 sampling=self._sampling_for(prompt, max_model_len),
                 adapters=adapters,
-                cache_salt=self.cache_salt,
+                cache_salt=self.tenant.salt(self.cache_salt),
                 deadline=deadline,
                 constraint=constraint,
+                owner=self.tenant.name,
+                queue_share=self.tenant.queue_share,
             )
             for number, prompt in enumerate(self.prompts)
         ]

@@ -29,6 +29,7 @@ ERROR_RULES = (
     ErrorRule(errors.MalformedBodyError, 412, 400, "BadRequestError"),
     ErrorRule(errors.InvalidFieldError, 400, 400, "BadRequestError"),
     ErrorRule(errors.ModelNotFoundError, 404, 404, "NotFoundError"),
+    ErrorRule(errors.ForbiddenError, 403, 403, "PermissionDeniedError"),
     ErrorRule(errors.AdapterUnavailableError, 400, 422, "UnprocessableEntityError"),
     ErrorRule(errors.QueueFullError, 429, 429, "RateLimitError"),
     ErrorRule(errors.UnavailableError, 503, 503, "ServiceUnavailableError"),

@@ -33,6 +33,7 @@ from ovms_lora.server.sampling import sampled_candidates, sampling_params, token
 from ovms_lora.server.shapes import Answer, ChoiceShape
 from ovms_lora.server.sse import EventStream, event
 from ovms_lora.server.state import ServerState, state_of
+from ovms_lora.server.tenants import Tenant, tenant_of
 from ovms_lora.server.tool_use import ToolUse
 
 if TYPE_CHECKING:
@@ -56,12 +57,16 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
     """Answer one request for text."""
     server = state_of(request)
     document, size = await read_document(request, dialect)
-    selection = await server.select(dialect.model_name(document, server.registry))
+    tenant = tenant_of(request)
+    selection = await server.select(dialect.model_name(document, server.registry), tenant)
     metrics = server.metrics.begin(dialect.name, selection.served.name, streamed=document.get("stream") is True)
     try:
+        # Before anything is worked out for it: refusing must cost less than serving.
+        selection.served.model.engine.check_room(tenant.name, tenant.queue_share)
         values = await server.workers.run(size, _values, document, selection.served, endpoint)
+        tenant.check_blend(selection.served.name, AdapterChoice.of(values).blended)
         uses = await server.uses(selection, AdapterChoice.of(values))
-        asked = _Asked(values, document.get("model") or selection.served.name, uses)
+        asked = _Asked(values, document.get("model") or selection.served.name, uses, tenant)
         if endpoint.is_chat:
             call = await server.render(uses, _call, asked, selection.served, dialect, endpoint)
         else:
@@ -77,11 +82,12 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """The checked fields of a request, the model as it names it, and its adapters."""
+    """The checked fields of a request, the model as it names it, its adapters, and whose it is."""
 
     values: Values
     model: str
     uses: tuple[AdapterUse, ...]
+    tenant: Tenant
 
 
 def _values(document: Mapping[str, Any], served: ServedModel, endpoint: Endpoint) -> Values:
@@ -111,6 +117,7 @@ def _call(asked: _Asked, served: ServedModel, dialect: Dialect, endpoint: Endpoi
         echo=values.get("echo", False),
         wants_prompt_logprobs="prompt_logprobs" in values,
         cache_salt=values.get("cache_salt", ""),
+        tenant=asked.tenant,
         adapters=AdapterChoice.of(values),
         constraint=asked_constraint(values),
     )

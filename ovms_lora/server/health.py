@@ -10,6 +10,7 @@ from ovms_lora.server.answer_types import OvmsError
 from ovms_lora.server.route_docs import Responses, responses
 from ovms_lora.server.state import state_of
 from ovms_lora.server.status_types import ModelMetadata, ServerMetadata
+from ovms_lora.server.tenants import tenant_of
 
 # What may be asked without a key.
 PROBES = frozenset({"/v2/health/live", "/v2/health/ready", "/health", "/ping"})
@@ -52,6 +53,8 @@ async def ready(request: Request) -> Response:
 async def model_ready(request: Request, name: str) -> Response:
     """Answer 200 while one model, adapter or composite takes requests; the version is not looked at, as for graphs."""
     server = state_of(request)
+    if _is_hidden(request, name):
+        return _not_found()
     status = server.registry.statuses.get(name)
     if server.registry.get(name) or server.registry.base_of(name):
         return _probe(server.lifecycle.ready)
@@ -67,10 +70,17 @@ async def model_metadata(request: Request, name: str) -> Response:
     """Describe one model, adapter or composite, as OVMS does a graph: its streams are no tensors."""
     registry = state_of(request).registry
     served = registry.get(name) or registry.base_of(name)
-    if served is None:
+    if served is None or _is_hidden(request, name):
         return _not_found()
     streams = {key: [{"name": key.rstrip("s"), "datatype": "INVALID", "shape": []}] for key in ("inputs", "outputs")}
     return JSONResponse({"name": name, "versions": [str(served.spec.version)], "platform": "OpenVINO", **streams})
+
+
+def _is_hidden(request: Request, name: str) -> bool:
+    """Whether a model, adapter or composite is not the tenant's."""
+    registry, tenant = state_of(request).registry, tenant_of(request)
+    base = None if registry.get(name) else registry.base_of(name)
+    return not (tenant.allows(base.name, name) if base else tenant.allows(name))
 
 
 def _not_found() -> Response:

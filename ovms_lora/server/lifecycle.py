@@ -45,6 +45,7 @@ class LoadModel(Protocol):
         device: str | None,
         plugin_config: dict[str, Any],
         lora: LoraConfig | None,
+        max_waiting: int,
     ) -> LoadedModel:
         """Return the loaded model; adapters that cannot be loaded stand in its `lora.failures`.
 
@@ -219,6 +220,7 @@ class Lifecycle:
             device=spec.entry.target_device,
             plugin_config=dict(spec.plugin_config),
             lora=spec.lora,
+            max_waiting=self._limits.waiting_requests,
         )
         bridge.attach(model.engine)
         served = ServedModel(spec, model, bridge)

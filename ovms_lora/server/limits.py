@@ -37,7 +37,13 @@ class LimitsMiddleware:
         """Return what refuses a request by its head alone."""
         if sum(len(name) + len(value) for name, value in scope["headers"]) > self._limits.header_bytes:
             return HTTPException(431, f"the headers are larger than {self._limits.header_bytes} bytes")
-        declared = Headers(scope=scope).get("content-length", "0")
+        if len(scope["path"]) + len(scope["query_string"]) > self._limits.header_bytes:
+            return HTTPException(414, f"the address is longer than {self._limits.header_bytes} bytes")
+        headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # Two servers may read two different requests from this one.
+            return HTTPException(400, "the body has two lengths", {"Connection": "close"})
+        declared = headers.get("content-length", "0")
         if declared.isascii() and declared.isdigit() and int(declared[:20]) > self._limits.body_bytes:
             return self._too_large()
         return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from ovms_lora.core.errors import ConfigError
 from ovms_lora.core.names import check_alias
 from ovms_lora.server.registry import ServedModel
+from ovms_lora.server.tenants import Tenant
 
 _MARK = "adapter_config.json"
 
@@ -26,6 +27,10 @@ class ModelCard:
     root: str
     served: ServedModel
     parent: str | None = None
+
+    def is_for(self, tenant: Tenant) -> bool:
+        """Whether a tenant may use it, and so may see it."""
+        return tenant.allows(self.name) if self.parent is None else tenant.allows(self.parent, self.name)
 
 
 def listed_cards(models: Iterable[ServedModel]) -> list[ModelCard]:

@@ -12,6 +12,7 @@ from ovms_lora.server.large_json import dump_json
 from ovms_lora.server.model_cards import card_of, listed_cards
 from ovms_lora.server.route_docs import body, responses, streamed
 from ovms_lora.server.state import state_of
+from ovms_lora.server.tenants import tenant_of
 
 
 def dialect_router(dialect: Dialect) -> APIRouter:
@@ -47,7 +48,7 @@ def dialect_router(dialect: Dialect) -> APIRouter:
         """Return the tokens of a text."""
         document, size = await read_document(request, dialect)
         server = state_of(request)
-        selection = await server.select(dialect.model_name(document, server.registry))
+        selection = await server.select(dialect.model_name(document, server.registry), tenant_of(request))
         model = selection.served.model
         if "messages" in document:
             uses = await server.uses(selection, AdapterChoice())
@@ -59,15 +60,17 @@ def dialect_router(dialect: Dialect) -> APIRouter:
     @router.get("/models", responses=responses(error, types.cards))
     async def models(request: Request) -> Response:
         """List the served models, then their adapters."""
-        server = state_of(request)
+        server, tenant = state_of(request), tenant_of(request)
         cards = await server.workers.block(listed_cards, server.registry.served)
-        return JSONResponse({"object": "list", "data": [dialect.card(card) for card in cards]})
+        return JSONResponse({"object": "list", "data": [dialect.card(card) for card in cards if card.is_for(tenant)]})
 
     @router.get("/models/{name:path}", responses=responses(error, types.card, also=(400, 404)))
     async def model(request: Request, name: str) -> Response:
         """Describe one model, adapter or composite."""
         server = state_of(request)
         card = await server.workers.block(card_of, server.registry.served, name)
-        return dialect.no_such_card(name) if card is None else JSONResponse(dialect.card(card))
+        if card is None or not card.is_for(tenant_of(request)):
+            return dialect.no_such_card(name)
+        return JSONResponse(dialect.card(card))
 
     return router

@@ -7,6 +7,7 @@ Owns the socket, the signals and the exit. Blocks until the end.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -14,13 +15,17 @@ import os
 import socket
 import sys
 import time
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from ovms_lora.core.errors import ConfigError, OvmsLoraError
 from ovms_lora.server import logs
 from ovms_lora.server.app import build_app
+from ovms_lora.server.connection import BoundedConnection
 from ovms_lora.server.lifecycle import LoadModel
 from ovms_lora.server.model_source import ModelSource
 from ovms_lora.server.options import ServerOptions
@@ -44,22 +49,29 @@ def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
         failures: list[OvmsLoraError] = []
         app = build_app(options, source, load, on_failure=failures.append)
         app.openapi()  # takes a moment, which now holds nobody up
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            server_header=False,
-            h11_max_incomplete_event_size=options.limits.header_bytes,
-            timeout_graceful_shutdown=_CLOSE_SECONDS,
-        )
-        server = _Server(config, app.state.server, _url(listener), failures)
+        server = _Server(http_config(app, options), app.state.server, _url(listener), failures)
         try:
             server.run(sockets=[listener])
         finally:
             server.watchdog.stop()
     if failures:
         raise failures[0]
+
+
+def http_config(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
+    """Return how uvicorn speaks HTTP for an application: only HTTP/1.1, bounded."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        http=cast("type[asyncio.Protocol]", partial(BoundedConnection, options.limits)),
+        ws="none",
+        # Only for what never ends: `limits` counts what has come.
+        h11_max_incomplete_event_size=2 * options.limits.header_bytes,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
+    )
 
 
 def _bind(host: str, port: int) -> socket.socket:

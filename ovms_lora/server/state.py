@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 from starlette.requests import Request
 
 from ovms_lora.core.constraint import TokenConstraint
-from ovms_lora.core.errors import ModelNotFoundError, UnavailableError
+from ovms_lora.core.errors import ForbiddenError, ModelNotFoundError, UnavailableError
 from ovms_lora.core.request import AdapterUse
 from ovms_lora.server.adapter_choice import AdapterChoice
 from ovms_lora.server.adapter_updates import AdapterUpdates
@@ -19,6 +19,7 @@ from ovms_lora.server.lifecycle import Lifecycle
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.options import ServerOptions
 from ovms_lora.server.registry import ModelRegistry, Selection
+from ovms_lora.server.tenants import Tenant
 from ovms_lora.server.workers import Workers
 
 P = ParamSpec("P")
@@ -36,13 +37,25 @@ class ServerState:
     metrics: Metrics
     workers: Workers
 
-    async def select(self, model: str) -> Selection:
+    async def select(self, model: str, tenant: Tenant) -> Selection:
         """Return what a request's `model` selects; an unknown one is looked for on the loading paths.
 
-        Raises ModelNotFoundError, or UnavailableError while the model is loaded or the server drains.
+        Raises ModelNotFoundError, ForbiddenError for what is not the tenant's, or UnavailableError while the model is
+        loaded or the server drains.
         """
         if self.lifecycle.draining:
             raise UnavailableError("the server is shutting down")
+        try:
+            selection = await self._find(model)
+        except (ModelNotFoundError, UnavailableError):
+            if tenant.names_exactly(model):
+                raise
+            raise ForbiddenError(model) from None
+        if not tenant.allows(selection.served.name, selection.alias):
+            raise ForbiddenError(model)
+        return selection
+
+    async def _find(self, model: str) -> Selection:
         try:
             return self.registry.resolve(model)
         except ModelNotFoundError:

@@ -20,6 +20,7 @@ from ovms_lora.server.registry import ModelRegistry
 from ovms_lora.server.routes import dialect_router
 from ovms_lora.server.shapes import CompletionShape, ShapeStyle
 from ovms_lora.server.state import state_of
+from ovms_lora.server.tenants import tenant_of
 from ovms_lora.server.tokenize import OVMS, ovms_tokenize
 
 _ENDPOINTS = "/v3/chat/completions, /v3/completions, /v3/tokenize"
@@ -87,5 +88,5 @@ async def wrong_endpoint(request: Request) -> Response:
     """Refuse a path that OVMS would hand to a graph, with the graph's answer."""
     document, _ = await read_document(request, V3)
     server = state_of(request)
-    await server.select(_model_name(document, server.registry))
+    await server.select(_model_name(document, server.registry), tenant_of(request))
     raise InvalidFieldError(f"Wrong endpoint. Allowed endpoints: {_ENDPOINTS}")

@@ -18,6 +18,7 @@ from ovms_lora.core.errors import InvalidFieldError
 from ovms_lora.server import config_routes, health, lora_routes, metrics_route, tokenize, v1, v1_fields, v3, v3_fields
 from ovms_lora.server.fields import Field, ModelLimits, Table
 from ovms_lora.server.health import PROBES
+from ovms_lora.server.keys import plain_keys
 from ovms_lora.server.options import ServerOptions
 from tests.server.serving import Served, serving, write_adapters, write_lora_config
 from tests.server.test_hostile_fields import JSON
@@ -201,10 +202,10 @@ def check(served: Served, schema: dict[str, Any], answer: Any) -> None:
 async def test_keys_are_described_where_they_are_set() -> None:
     for options, closed in (
         (ServerOptions(poll_seconds=0), set()),
-        (ServerOptions(poll_seconds=0, api_keys=("secret",)), None),
+        (ServerOptions(poll_seconds=0, api_keys=plain_keys("secret")), None),
         (
-            ServerOptions(poll_seconds=0, admin_keys=("admin",), runtime_lora_updating=True),
-            {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"},
+            ServerOptions(poll_seconds=0, admin_keys=plain_keys("admin"), runtime_lora_updating=True),
+            {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/config/reload"},
         ),
     ):
         async with serving(options=options) as served:
@@ -225,7 +226,7 @@ async def test_the_page_shows_every_route_and_loads_nothing(adapted: Served) -> 
 
 
 async def test_the_page_and_the_document_want_a_key_like_others() -> None:
-    async with serving(options=ServerOptions(poll_seconds=0, api_keys=("secret",))) as served:
+    async with serving(options=ServerOptions(poll_seconds=0, api_keys=plain_keys("secret"))) as served:
         for path in ("/docs", "/openapi.json"):
             assert (await served.client.get(path)).status_code == 401
             assert (await served.client.get(path, headers={"Authorization": "Bearer secret"})).status_code == 200

@@ -180,9 +180,13 @@ class Stepper:
             assert pool.references(block) == holders
         assert pool.num_free == sum(pool.references(block) == 0 for block in range(pool.num_blocks))
         assert all(not sequence.blocks for sequence in [*scheduler.waiting, *self.finished])
-        assert scheduler.num_waiting_requests == len({s.request.request_id for s in scheduler.waiting})
-        arrivals = [sequence.arrival for sequence in scheduler.waiting]
-        assert arrivals == sorted(arrivals)
+        assert scheduler.waiting.backlog.requests == len({s.request.request_id for s in scheduler.waiting})
+        flows: dict[tuple[str, str] | None, list[int]] = {}
+        for sequence in scheduler.waiting:
+            adapters = sequence.request.adapters
+            flow = None if sequence.had_turn else (sequence.request.owner, adapters[0].digest if adapters else "")
+            flows.setdefault(flow, []).append(sequence.arrival)
+        assert all(arrivals == sorted(arrivals) for arrivals in flows.values())
         assert sorted(s.arrival for s in self.residency.held) == sorted(s.arrival for s in scheduler.running)
 
 

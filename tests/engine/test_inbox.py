@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
 from ovms_lora.core.errors import EngineError, InvalidFieldError, OvmsLoraError, QueueFullError, UnavailableError
 from ovms_lora.engine.inbox import Inbox
+from ovms_lora.engine.waiting_queue import Backlog
 from tests.engine.harness import eventually, request
 
 
 def test_what_comes_is_taken_in_order() -> None:
     inbox, first, second = Inbox(8), request("1"), request("2")
-    inbox.submit(first, waiting=0)
+    inbox.submit(first)
     inbox.cancel("x")
-    inbox.submit(second, waiting=0)
+    inbox.submit(second)
     assert inbox.num_requests == 2
     assert inbox.take(idle=True) == [first, "x", second]
     assert (inbox.num_requests, inbox.take(idle=False)) == (0, [])
@@ -23,51 +25,79 @@ def test_what_comes_is_taken_in_order() -> None:
 
 def test_requests_count_here_and_behind() -> None:
     inbox = Inbox(3)
-    inbox.submit(request("1"), waiting=2)
+    inbox.submit(request("1"), Backlog(2))
     for waiting in (2, 5):
         with pytest.raises(QueueFullError, match="3 requests are waiting"):
-            inbox.submit(request("2"), waiting=waiting)
+            inbox.submit(request("2"), Backlog(waiting))
     inbox.cancel("1")  # cancellations always have room
-    inbox.submit(request("2"), waiting=1)
+    inbox.submit(request("2"), Backlog(1))
 
 
 def test_sequences_are_bounded_too() -> None:
     inbox = Inbox(256)
-    inbox.submit(request("1", n=128), waiting=0, sequences=4096 - 2 * 128)
+    inbox.submit(request("1", n=128), Backlog(0, 4096 - 2 * 128))
     with pytest.raises(QueueFullError, match="4096 sequences"):
-        inbox.submit(request("2", n=128), waiting=0, sequences=4096 - 2 * 128 + 1)
-    inbox.submit(request("2", n=128), waiting=0, sequences=4096 - 2 * 128)
+        inbox.submit(request("2", n=128), Backlog(0, 4096 - 2 * 128 + 1))
+    inbox.submit(request("2", n=128), Backlog(0, 4096 - 2 * 128))
+
+
+@pytest.mark.parametrize(("own", "fits"), [(0, True), (1, True), (2, False), (3, False)])
+def test_an_owner_has_its_share_of_the_queue(own: int, fits: bool) -> None:
+    inbox = Inbox(8)
+    inbox.submit(replace(request("1"), owner="a", queue_share=0.5), Backlog(own), Backlog(own))
+    inbox.submit(replace(request("2"), owner="b", queue_share=0.5), Backlog(own), Backlog())
+    third = replace(request("3"), owner="a", queue_share=0.38)
+    if fits:
+        inbox.submit(third, Backlog(own), Backlog(own))
+    else:
+        with pytest.raises(QueueFullError, match="3 requests of yours are waiting already"):
+            inbox.submit(third, Backlog(own), Backlog(own))
+    inbox.submit(request("4"), Backlog(own), Backlog())
+
+
+def test_an_owner_with_the_smallest_share_can_still_ask() -> None:
+    inbox = Inbox(8)
+    inbox.submit(replace(request("1", n=128), owner="a", queue_share=0.001))
+    with pytest.raises(QueueFullError, match="1 requests of yours"):
+        inbox.submit(replace(request("2"), owner="a", queue_share=0.001))
+
+
+def test_the_sequences_of_an_owner_are_bounded_too() -> None:
+    inbox, wide = Inbox(256), replace(request("1", n=128), owner="a", queue_share=0.5)
+    with pytest.raises(QueueFullError, match="2048 sequences of yours"):
+        inbox.submit(wide, Backlog(2, 2000), Backlog(2, 2048 - 127))
+    inbox.submit(wide, Backlog(2, 2000), Backlog(2, 2048 - 128))
 
 
 def test_an_id_is_taken_until_its_request_has_ended() -> None:
     inbox = Inbox(8)
-    inbox.submit(request("r"), waiting=0)
+    inbox.submit(request("r"))
     inbox.take(idle=False)
     with pytest.raises(InvalidFieldError) as refused:
-        inbox.submit(request("r"), waiting=0)
+        inbox.submit(request("r"))
     assert refused.value.param == "request_id"
     inbox.ended("r")
     inbox.ended("r")
-    inbox.submit(request("r"), waiting=0)
+    inbox.submit(request("r"))
 
 
 def test_a_refused_request_leaves_its_id_free() -> None:
     inbox = Inbox(1)
     with pytest.raises(QueueFullError):
-        inbox.submit(request("r"), waiting=1)
-    inbox.submit(request("r"), waiting=0)
+        inbox.submit(request("r"), Backlog(1))
+    inbox.submit(request("r"))
 
 
 def test_a_closed_or_failed_inbox_says_why() -> None:
     inbox = Inbox(8)
     inbox.close()
     with pytest.raises(UnavailableError):
-        inbox.submit(request(), waiting=0)
+        inbox.submit(request())
     with pytest.raises(UnavailableError):
         inbox.call(lambda: 1)
     inbox.fail(EngineError("broken"))
     with pytest.raises(EngineError, match="broken"):
-        inbox.submit(request(), waiting=0)
+        inbox.submit(request())
 
 
 def called(inbox: Inbox, work: object) -> tuple[threading.Thread, list[object]]:
@@ -88,7 +118,7 @@ def called(inbox: Inbox, work: object) -> tuple[threading.Thread, list[object]]:
 
 def test_a_task_gives_its_result_or_its_error() -> None:
     inbox = Inbox(8)
-    for work, expected in ((lambda: 5, 5), (lambda: inbox.submit(request(), waiting=99), QueueFullError)):
+    for work, expected in ((lambda: 5, 5), (lambda: inbox.submit(request(), Backlog(99)), QueueFullError)):
         thread, results = called(inbox, work)
         inbox.run_tasks()
         thread.join()
@@ -97,7 +127,7 @@ def test_a_task_gives_its_result_or_its_error() -> None:
 
 def test_emptying_answers_tasks_and_hands_back_requests() -> None:
     inbox, each = Inbox(8), request()
-    inbox.submit(each, waiting=0)
+    inbox.submit(each)
     inbox.cancel("x")
     thread, results = called(inbox, lambda: 5)
     error = UnavailableError("stopped")

@@ -1,8 +1,8 @@
 """`ovms-lora` with fake models: what a test starts as a process of its own.
 
 Each step takes `STEP_SECONDS` of the environment, so that a test can do something in the middle of a stream; texts may
-be `MODEL_LENGTH` long, and `MAX_WAITING` requests may wait. Prompts that begin with `hang`, `fail` or `full` are steps
-that hang, fail or find no memory. `HEARTBEAT_SECONDS` is how long a step may take.
+be `MODEL_LENGTH` long, `MAX_WAITING` requests may wait and `MAX_NUM_SEQS` sequences run. Prompts that begin with
+`hang`, `fail` or `full` are steps that hang, fail or find no memory. `HEARTBEAT_SECONDS` is how long a step may take.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import ovms_lora.engine.model
 from ovms_lora import cli
+from ovms_lora.core.config import EngineOptions
 from ovms_lora.engine.device import device_error
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.server.options import Limits
@@ -43,8 +44,9 @@ if __name__ == "__main__":
     assert limits
     limits["heartbeat_seconds"] = float(os.environ.get("HEARTBEAT_SECONDS", "60"))
     ovms_lora.engine.model.load_model = FakeModels(  # type: ignore[assignment]
+        options=EngineOptions(max_num_seqs=int(os.environ.get("MAX_NUM_SEQS", "256")), max_num_batched_tokens=256),
         runner=runner,
         max_model_len=int(os.environ.get("MODEL_LENGTH", "2048")),
-        max_waiting=int(os.environ.get("MAX_WAITING", "256")),
+        max_waiting=int(os.environ.get("MAX_WAITING", "0")) or None,
     )
     sys.exit(cli.main())

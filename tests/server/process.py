@@ -75,5 +75,5 @@ def running(*arguments: str, module: str = FAKE, **environment: str) -> Iterator
         process.end()
 
 
-def one_model(**environment: str) -> contextlib.AbstractContextManager[Process]:
-    return running("--model_path", "m", "--model_name", "m", "--rest_port", "0", **environment)
+def one_model(*flags: str, **environment: str) -> contextlib.AbstractContextManager[Process]:
+    return running("--model_path", "m", "--model_name", "m", "--rest_port", "0", *flags, **environment)

@@ -65,7 +65,7 @@ class FakeModels:
     defaults: GenerationDefaults = field(default_factory=lambda: GenerationDefaults(eos_token_ids=(EOS,)))
     template: str | None = TEMPLATE
     max_model_len: int = 512
-    max_waiting: int = 256
+    max_waiting: int | None = None
     runner: Callable[[], FakeRunner] = lambda: FakeRunner(num_blocks=1024)
     runners: dict[str, FakeRunner] = field(default_factory=dict)
     engines: list[Engine] = field(default_factory=list)
@@ -79,6 +79,7 @@ class FakeModels:
         device: str | None,
         plugin_config: Mapping[str, Any],
         lora: LoraConfig | None,
+        max_waiting: int,
     ) -> LoadedModel:
         if "broken" in folder.name:
             raise ModelFolderError(f"{folder.name} is not a model", hint="export it again")
@@ -94,7 +95,7 @@ class FakeModels:
             deliver=deliver,
             max_model_len=self.max_model_len,
             eos_token_ids=self.defaults.eos_token_ids,
-            max_waiting=self.max_waiting,
+            max_waiting=self.max_waiting or max_waiting,
             residency=runtime.graphs.residency if runtime else None,
         )
         if runtime:

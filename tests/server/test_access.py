@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ovms_lora.server.health import PROBES
+from ovms_lora.server.keys import plain_keys
 from ovms_lora.server.options import Limits, ServerOptions
 from tests.server.serving import Served, serving
 
@@ -21,7 +22,7 @@ BODY = {"model": "m", "prompt": "hi", "max_tokens": 1}
 
 
 def with_keys(*keys: str) -> ServerOptions:
-    return ServerOptions(poll_seconds=0, api_keys=keys)
+    return ServerOptions(poll_seconds=0, api_keys=plain_keys(*keys))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ async def test_origins_are_closed_unless_named() -> None:
     origin = {"Origin": "http://here", "Access-Control-Request-Method": "POST"}
     async with serving() as served:
         assert "access-control-allow-origin" not in (await served.client.get("/v2", headers=origin)).headers
-    options = ServerOptions(poll_seconds=0, allowed_origins=("http://here",), api_keys=("secret",))
+    options = ServerOptions(poll_seconds=0, allowed_origins=("http://here",), api_keys=plain_keys("secret"))
     async with serving(options=options) as served:
         preflight = await served.client.options("/v3/completions", headers=origin)
         assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, "http://here")

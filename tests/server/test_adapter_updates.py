@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ovms_lora.server.keys import plain_keys
 from ovms_lora.server.options import ServerOptions
 from tests.adapters.adapter_files import good_config, good_tensors, write_adapter
 from tests.server.serving import Served, serving, write_adapters, write_lora_config
@@ -255,7 +256,7 @@ async def test_without_prefixes_only_the_loading_path_is_allowed(tmp_path: Path)
     ],
 )
 async def test_admin_keys(tmp_path: Path, keys: tuple[str, ...], given: str | None, path: str, expected: int) -> None:
-    settings = options(tmp_path, api_keys=keys, admin_keys=("admin",))
+    settings = options(tmp_path, api_keys=plain_keys(*keys), admin_keys=plain_keys("admin"))
     headers = {"Authorization": f"Bearer {given}"} if given else {}
     async with serving(options=settings) as served:
         method = "GET" if path.endswith("models") else "POST"

@@ -11,6 +11,7 @@ import pytest
 
 from ovms_lora import __version__, cli
 from ovms_lora.core.config import LoraOptions
+from ovms_lora.server.keys import plain_keys
 from ovms_lora.server.model_source import ConfigFile, ModelSource, ModelSpec, SingleModel
 from ovms_lora.server.options import ServerOptions
 from tests.server.serving import FakeGraphs, write_adapters, write_config, write_lora_config
@@ -97,14 +98,14 @@ def test_keys_of_a_file(started: Started, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("one\n\n  two \n")
     assert cli.main(["serve", "--model_path", "m", "--api_key_file", str(path)]) == 0
-    assert started[0][0].api_keys == ("one", "two")
+    assert started[0][0].api_keys == plain_keys("one", "two")
     assert "one" not in repr(started[0][0])
 
 
 def test_the_key_of_the_environment(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", "secret")
     assert cli.main(["serve", "--model_path", "m"]) == 0
-    assert started[0][0].api_keys == ("secret",)
+    assert started[0][0].api_keys == plain_keys("secret")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_admin_keys(started: Started, tmp_path: Path, monkeypatch: pytest.Monkey
     assert cli.main(["serve", "--model_path", "m", "--admin_key_file", str(path)]) == 0
     monkeypatch.setenv("ADMIN_API_KEY", "other")
     assert cli.main(["serve", "--model_path", "m"]) == 0
-    assert [options.admin_keys for options, _ in started] == [("secret",), ("other",)]
+    assert [options.admin_keys for options, _ in started] == [plain_keys("secret"), plain_keys("other")]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""Each bound on a field or on waiting, one below it, at it and one above."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ovms_lora.engine.grammar import MAX_SCHEMA_BYTES
+from ovms_lora.server.options import Limits, ServerOptions
+from tests.server.serving import FakeModels, Served, serving
+from tests.server.test_faults import slow_runner
+
+pytestmark = pytest.mark.anyio
+
+BODY = {"model": "m", "prompt": "hi", "max_tokens": 1}
+
+
+def schema_of_size(size: int) -> dict[str, Any]:
+    empty = len(json.dumps({"type": "integer", "description": ""}))
+    return {"type": "integer", "description": "x" * (size - empty)}
+
+
+FIELDS: list[tuple[str, str, int, Callable[[int], Any]]] = [
+    ("/v1", "prompt", 256, lambda count: ["a"] * count),
+    ("/v3", "prompt", 256, lambda count: ["a"] * count),
+    ("/v1", "n", 128, lambda count: count),
+    ("/v3", "best_of", 20 - 1, lambda count: count),
+    ("/v1", "stop", 16, lambda count: ["x"] * count),
+    ("/v3", "stop", 16, lambda count: ["x"] * count),
+    ("/v1", "stop", 256, lambda length: "x" * length),
+    ("/v3", "stop", 256, lambda length: ["x", "y" * length]),
+    ("/v1", "lora", 64, lambda count: [{"alias": f"a{number}"} for number in range(count)]),
+]
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize(("prefix", "field", "limit", "value"), FIELDS, ids=[f"{row[0]} {row[1]}" for row in FIELDS])
+async def test_fields_end_at_their_limits(
+    shared: Served, prefix: str, field: str, limit: int, value: Callable[[int], Any], more: int
+) -> None:
+    response = await shared.post(f"{prefix}/completions", **{**BODY, field: value(limit + more)})
+    if field == "lora":  # a model without adapters refuses it in any size; the size is checked first
+        assert ("no more than 64" in response.text) == (more > 0), response.text
+        return
+    assert response.status_code == (400 if more > 0 else 200), response.text
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+async def test_logit_bias_ends_at_300_entries(shared: Served, more: int) -> None:
+    bias = {str(number): 0.5 for number in range(300 + more)}  # beyond the vocabulary of 257, which is told apart
+    response = await shared.post("/v1/completions", **BODY, logit_bias=bias)
+    assert ("logit_bias must have no more than 300 entries" in response.text) == (more > 0)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+async def test_schemas_end_at_their_size(shared: Served, more: int) -> None:
+    schema = schema_of_size(MAX_SCHEMA_BYTES + more)
+    for path in ("/v1/completions", "/v3/completions"):
+        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        response = await shared.post(path, **BODY, response_format=form)
+        # Its one long string is refused too, but by another bound.
+        assert (f"larger than {MAX_SCHEMA_BYTES} bytes" in response.text) == (more > 0), response.text[:300]
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+async def test_the_queue_ends_at_its_limit(more: int) -> None:
+    options = ServerOptions(poll_seconds=0, limits=Limits(waiting_requests=4))
+    async with serving(FakeModels(), options=options) as served:
+        gate, engine = served.models.runners["m"].gate, served.models.engines[0]
+        gate.clear()
+        try:
+            running = asyncio.create_task(served.post("/v1/completions", **BODY))
+            async with asyncio.timeout(5):
+                while not engine.stats().running:
+                    await asyncio.sleep(0.005)
+                tasks = [asyncio.create_task(served.post("/v1/completions", **BODY)) for _ in range(4 + more)]
+                while engine.stats().waiting < min(4, 4 + more) or sum(task.done() for task in tasks) < more:
+                    await asyncio.sleep(0.005)
+        finally:
+            gate.set()
+        statuses = sorted([(await task).status_code for task in (running, *tasks)])
+        assert statuses == [200] * (5 + min(more, 0)) + [429] * max(more, 0)
+
+
+@pytest.mark.parametrize(("steps", "status"), [(3, 200), (50, 504)])
+async def test_requests_end_at_their_deadline(steps: int, status: int) -> None:
+    options = ServerOptions(poll_seconds=0, limits=Limits(request_seconds=0.4))
+    async with serving(FakeModels(runner=lambda: slow_runner(0.02)), options=options) as served:
+        response = await served.post("/v1/completions", **{**BODY, "max_tokens": steps}, ignore_eos=True)
+        assert response.status_code == status
