@@ -287,7 +287,7 @@ def test_a_failed_step_fails_its_call_only() -> None:
     with fake_llm(runner) as llm:
         runner.fail_next = EngineError("the device failed")
         with pytest.raises(EngineError, match="the device failed"):
-            llm.generate(["one", "two"], GREEDY, use_tqdm=False)
+            llm.generate(["one"], GREEDY, use_tqdm=False)
         assert len(llm.generate(["one", "two"], GREEDY, use_tqdm=False)) == 2
 
 

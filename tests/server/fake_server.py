@@ -28,7 +28,7 @@ def runner() -> FakeRunner:
     def before_step(chunks: Sequence[Chunk]) -> None:
         time.sleep(seconds)
         for chunk in chunks:
-            fault = bytes(token for token in chunk.sequence.request.prompt_token_ids[:4]).decode()
+            fault = "".join(map(chr, chunk.sequence.request.prompt_token_ids[:4]))
             if fault == "hang":
                 time.sleep(3600)
             if fault == "fail":
