@@ -49,12 +49,12 @@ def llama_1b() -> Path:
     return _exported("llama-1b", build)
 
 
-def tiny(repository: Path) -> Path:
+def tiny(repository: Path, *options: str) -> Path:
     """Export a random Llama of two small layers, exact and in one thread, as `base` into a repository; return it."""
     source = repository / "source"
     build_tiny_llama(source)
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": 1}
-    _export(source, repository, "base", "--weight-format", "fp32", "--plugin_config", json.dumps(exact))
+    _export(source, repository, "base", "--weight-format", "fp32", "--plugin_config", json.dumps(exact), *options)
     return repository / "base"
 
 

@@ -24,6 +24,9 @@ _MEGABYTE = 2**20
 _START_SECONDS = 120
 _STOP_SECONDS = 40  # the server drains for 30
 _STRENGTH = 0.4  # of the adapters' random values: enough for other texts than the base's
+# A device keeps memory for every length of a step that it has seen, and for every block once it is used; with few of
+# both all of that has happened soon, and what grows afterwards is a leak.
+_SMALL = ("--max_num_seqs", "16", "--max_num_batched_tokens", "32")
 VERSIONS = ("version0", "version1")
 
 
@@ -45,7 +48,7 @@ class SoakFolder:
         self.config = folder / "config.json"
         self.loras = folder / "loras"
         self.log = folder / "server.log"
-        linears = base_linears(tiny(folder))
+        linears = base_linears(tiny(folder, *_SMALL))
         for seed, name in enumerate(("stay", "guest", *VERSIONS)):
             write_adapter(self.loras / name, linears, rank=4 + 4 * seed, seed=seed, scale=_STRENGTH)
         bad = write_adapter(self.loras / "bad", linears)

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ovms_lora.server.errors import error_style
 from ovms_lora.server.options import Limits
 
-# Of a body that is refused, so much is taken and thrown away: to close a connection on which a client still writes would
-# lose it the answer.
+# Of a body that is refused, so much is taken and thrown away: to close a connection on which a client still writes
+# would lose it the answer.
 _DISCARDED_BYTES = 16 * 1024 * 1024
 _DISCARDING_SECONDS = 2.0
 
