@@ -2,8 +2,9 @@
 
 python -m bench.soak [--minutes 2]
 
-Prints a report, writes it to bench/results/, and exits with 1 when an answer was wrong or something leaks. A fifth of
-the time warms up; sizes are compared between two moments at rest, and memory by a line through all moments between.
+Prints a report, writes it to bench/results/, and exits with 1 when an answer was wrong or something leaks. A part of
+the time warms up; sizes are compared between two moments at rest, and memory by a line through all moments between;
+memory is judged in soaks of ten minutes and more.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from bench.soak_server import Size, SoakFolder, SoakServer, at_rest
 from bench.workload import write_results
 
 _CLIENTS = 8
+_WARM_UP = 0.4  # of the time
 _SAMPLE_SECONDS = 1.0
 _SLACK = 8  # descriptors, threads or processes: pools grow when they are needed
 _NOISE_MEGABYTES = 12.0  # by which memory moves up and down, whatever the time
 _SLOPE_LIMIT = 40.0  # MB/h beyond that noise
+_JUDGED_MINUTES = 10.0  # before, the device still meets steps of new shapes, and keeps memory for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Report:
             if grown > _SLACK:
                 found.append(f"{grown} more {name} than before")
         hours = (self.after.at - self.before.at) / 3600
-        if self.slope * hours > _NOISE_MEGABYTES + _SLOPE_LIMIT * hours:
+        if self.minutes >= _JUDGED_MINUTES and self.slope * hours > _NOISE_MEGABYTES + _SLOPE_LIMIT * hours:
             found.append(f"memory grows by {self.slope:.0f} MB/h")
         return found
 
@@ -113,12 +116,12 @@ def soak(folder: Path, minutes: float) -> Report:
         url = server.url()
         traffic = Traffic(url, made)
         asyncio.run(traffic.learn())
-        asyncio.run(traffic.run(minutes * 60 * 0.2, _CLIENTS))
+        asyncio.run(traffic.run(minutes * 60 * _WARM_UP, _CLIENTS))
         warm_up = traffic.tally
         at_rest(url)
         before = server.size()
         with Sampler(server) as sampler:
-            asyncio.run(traffic.run(minutes * 60 * 0.8, _CLIENTS))
+            asyncio.run(traffic.run(minutes * 60 * (1 - _WARM_UP), _CLIENTS))
         held = at_rest(url)
         after = server.size()
         asyncio.run(traffic.check_canaries())

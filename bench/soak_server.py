@@ -26,7 +26,7 @@ _STOP_SECONDS = 40  # the server drains for 30
 _STRENGTH = 0.4  # of the adapters' random values: enough for other texts than the base's
 # A device keeps memory for every length of a step that it has seen, and for every block once it is used; with few of
 # both all of that has happened soon, and what grows afterwards is a leak.
-_SMALL = ("--max_num_seqs", "16", "--max_num_batched_tokens", "32")
+_SMALL = ("--max_num_seqs", "8", "--max_num_batched_tokens", "16")
 VERSIONS = ("version0", "version1")
 
 
