@@ -213,10 +213,13 @@ async def test_chunks_are_whole_events(served: Served) -> None:
 async def test_a_client_that_leaves_before_it_has_sent_all_is_no_fault(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
-    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    messages: list[dict[str, Any]] = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": b"{", "more_body": True},
+    ]
 
     async def receive() -> dict[str, Any]:
-        return next(messages)
+        return messages.pop()
 
     client = Client(served, "/v3/completions")
     client.leave()

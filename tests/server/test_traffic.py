@@ -211,8 +211,8 @@ async def test_a_thousand_swaps_under_eight_clients_give_each_answer_one_version
 
 def bad_folders(folder: Path) -> list[Path]:
     """Write adapters that are refused, some after much reading."""
-    large = {name: array * float("nan") for name, array in good_tensors(rank=64).items()}
-    extra = {"big": np.full((1024, 1024), float("nan"), np.float32)}
+    large: dict[str, Any] = {name: array * float("nan") for name, array in good_tensors(rank=64).items()}
+    extra: dict[str, Any] = {"big": np.full((1024, 1024), float("nan"), np.float32)}
     config = good_config(r=64)
     folders = [write_adapter(folder / "loras" / f"bad-{code}", **files) for code, files in BAD]
     folders.append(write_adapter(folder / "loras" / "bad-large", config=config, tensors=large | extra))
