@@ -1,4 +1,4 @@
-"""The models that are measured: the embedded SmolLM2, and a random Llama of the shape of a 1B model. Exported once."""
+"""The models that are measured: the embedded SmolLM2, and random Llamas. Named ones are exported once and kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.tiny_llama import build_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "bench"
@@ -50,6 +52,15 @@ def llama_1b() -> Path:
     return _exported("llama-1b", build)
 
 
+def tiny(repository: Path, *options: str) -> Path:
+    """Export a random Llama of two small layers, exact and in one thread, as `base` into a repository; return it."""
+    source = repository / "source"
+    build_tiny_llama(source)
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": 1}
+    _export(source, repository, "base", "--weight-format", "fp32", "--plugin_config", json.dumps(exact), *options)
+    return repository / "base"
+
+
 MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "llama-1b": llama_1b}
 
 
@@ -57,7 +68,11 @@ def _exported(name: str, source: Callable[[Path], Path]) -> Path:
     folder = CACHE / name
     if not (folder / "ovms_lora_manifest.json").is_file():
         model = source(CACHE / "sources" / name)
-        command = [sys.executable, str(ROOT / "export_model.py"), "text_generation", "--source_model", str(model)]
-        command += ["--model_repository_path", str(CACHE), "--model_name", name]
-        subprocess.run([*command, "--config_file_path", str(CACHE / "config.json")], check=True)
+        _export(model, CACHE, name)
     return folder
+
+
+def _export(source: Path, repository: Path, name: str, *options: str) -> None:
+    command = [sys.executable, str(ROOT / "export_model.py"), "text_generation", "--source_model", str(source)]
+    command += ["--model_repository_path", str(repository), "--model_name", name, *options]
+    subprocess.run([*command, "--config_file_path", str(repository / "config.json")], check=True)

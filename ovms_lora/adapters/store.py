@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ovms_lora.adapters.adapter import Adapter, BaseLinears, load_adapter
-from ovms_lora.core.errors import UnknownAliasError
+from ovms_lora.core.errors import OvmsLoraError, UnknownAliasError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,16 +99,10 @@ class AdapterStore:
 
         Raises UnknownAliasError, or AdapterError when the folder has gone bad meanwhile.
         """
-        entry = self._entry(alias)
-        adapter = self._in_host(entry.digest)
-        if adapter is None:
-            with self._one_reader(entry.folder):
-                adapter = self._in_host(entry.digest) or self.read(entry.folder)
-            if adapter.digest != entry.digest:
-                log.warning("adapter %s has changed in its folder; its new version is used from now on", alias)
-                entry = Registered.of(alias, entry.folder, adapter, alpha=entry.alpha, pinned=entry.pinned)
-                self.register(entry)
-        return entry, adapter
+        while True:
+            found = self._found(self._entry(alias))
+            if found is not None:
+                return found
 
     def drop_unnamed(self) -> None:
         """Let go of adapters that no alias names: they were read for something that then failed."""
@@ -123,17 +117,53 @@ class AdapterStore:
             raise UnknownAliasError(alias)
         return entry
 
+    def _found(self, entry: Registered) -> tuple[Registered, Adapter] | None:
+        """Return the adapter of an entry as its folder has it now; None when the alias has been given away meanwhile.
+
+        Whoever did that knows better what the alias stands for, and may already be writing the folder anew.
+        """
+        try:
+            adapter = self._in_host(entry.digest) or self._read_once(entry)
+        except OvmsLoraError:
+            if self._registered.get(entry.alias) is entry:
+                raise
+            return None
+        if adapter.digest == entry.digest:
+            return entry, adapter
+        changed = Registered.of(entry.alias, entry.folder, adapter, alpha=entry.alpha, pinned=entry.pinned)
+        if not self._exchange(entry, changed):
+            return None
+        log.warning("adapter %s has changed in its folder; its new version is used from now on", entry.alias)
+        return changed, adapter
+
+    def _read_once(self, entry: Registered) -> Adapter:
+        with self._one_reader(entry.folder):
+            return self._in_host(entry.digest) or self.read(entry.folder)
+
+    def _exchange(self, before: Registered, after: Registered) -> bool:
+        """Put an entry in another's place; return False, and leave all as it is, when that is not there any more."""
+        with self._lock:
+            there = self._registered.get(before.alias) is before
+            if there:
+                self._registered[before.alias] = after
+            self._leave(before if there else after)
+        return there
+
     def _in_host(self, digest: str) -> Adapter | None:
         with self._lock:
             adapter = self._alive.get(digest)
-            if adapter is not None:
+            # One that only its last requests hold, and no alias names, does not come back.
+            if adapter is not None and (digest in self._host or self._is_named(digest)):
                 self._keep(adapter)
             return adapter
 
     def _leave(self, entry: Registered | None) -> None:
         """Let an adapter go that may have lost its last alias."""
-        if entry and all(other.digest != entry.digest for other in self._registered.values()):
+        if entry and not self._is_named(entry.digest):
             self._host.pop(entry.digest, None)
+
+    def _is_named(self, digest: str) -> bool:
+        return any(entry.digest == digest for entry in self._registered.values())
 
     def _keep(self, adapter: Adapter) -> None:
         self._host[adapter.digest] = adapter

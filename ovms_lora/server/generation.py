@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ovms_lora.core.constraint import TokenConstraint
@@ -26,7 +26,7 @@ from ovms_lora.server.body import parse_object
 from ovms_lora.server.call import Call, Choices
 from ovms_lora.server.constraints import asked_constraint
 from ovms_lora.server.dialects import Dialect, Endpoint
-from ovms_lora.server.disconnect import unless_gone
+from ovms_lora.server.disconnect import ClientGoneError, unless_gone
 from ovms_lora.server.fields import Table, Values
 from ovms_lora.server.large_json import dump_json
 from ovms_lora.server.sampling import sampled_candidates, sampling_params, token_budget
@@ -47,9 +47,15 @@ _TOKEN_BYTES = 16
 
 
 async def read_document(request: Request, dialect: Dialect) -> tuple[dict[str, Any], int]:
-    """Return the JSON object of a request, and its size in bytes. Raises MalformedBodyError and the like."""
+    """Return the JSON object of a request, and its size in bytes.
+
+    Raises MalformedBodyError and the like, or ClientGoneError when the client leaves before it has sent everything.
+    """
     dialect.check_content_type(request.headers.get("content-type", "application/json"))
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
     return await state_of(request).workers.run(len(body), parse_object, body), len(body)
 
 

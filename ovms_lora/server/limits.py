@@ -6,6 +6,7 @@ Owns the bounds of the transport; bounds on fields stand with the fields.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -13,6 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ovms_lora.server.errors import error_style
 from ovms_lora.server.options import Limits
+
+# Of a body that is refused, so much is taken and thrown away: to close a connection on which a client still writes
+# would lose it the answer.
+_DISCARDED_BYTES = 16 * 1024 * 1024
+_DISCARDING_SECONDS = 2.0
 
 
 class LimitsMiddleware:
@@ -29,6 +35,8 @@ class LimitsMiddleware:
             return
         refusal = self._refusal(scope)
         if refusal:
+            if refusal.status_code == 413 and "expect" not in Headers(scope=scope):
+                await _discard(receive)
             await error_style(scope["path"]).http(refusal)(scope, receive, send)
             return
         await self._app(scope, _BoundedBody(receive, self._limits, self._too_large()), send)
@@ -78,6 +86,19 @@ class _BoundedBody:
             raise HTTPException(408, "the body took too long to come", {"Connection": "close"}) from None
         self._room -= len(message.get("body", b""))
         if self._room < 0:
+            if message.get("more_body", False):
+                await _discard(self._receive)
             raise self._too_large
         self._complete = not message.get("more_body", False)
         return message
+
+
+async def _discard(receive: Receive) -> None:
+    """Throw away what a client still sends, within bounds."""
+    room, more = _DISCARDED_BYTES, True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARDING_SECONDS):
+            while more and room > 0:
+                message = await receive()
+                room -= len(message.get("body", b""))
+                more = message.get("more_body", False)

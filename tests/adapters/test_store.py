@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from ovms_lora.adapters import store as store_module
 from ovms_lora.adapters.adapter import Adapter, load_adapter
 from ovms_lora.adapters.store import AdapterStore, Registered
-from ovms_lora.core.errors import AdapterError, AdapterNotFoundError, UnknownAliasError
+from ovms_lora.core.errors import AdapterError, AdapterErrorCode, AdapterNotFoundError, UnknownAliasError
 from tests.adapters.adapter_files import good_config, tiny_base, write_adapter
 
 F32 = np.dtype(np.float32)
@@ -191,6 +191,50 @@ def test_many_who_want_one_adapter_read_it_once(store: AdapterStore, tmp_path: P
             thread.join()
     assert reads == [tmp_path / "0"]
     assert len({id(adapter) for adapter in got}) == 1
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["another version", "half written"])
+@pytest.mark.parametrize("given_away", ["unloaded", "replaced"])
+def test_an_alias_that_is_given_away_while_its_folder_is_read_stays_so(
+    store: AdapterStore, tmp_path: Path, given_away: str, bad: bool
+) -> None:
+    first, second = (write_adapter(tmp_path / name, config=good_config(lora_alpha=n)) for n, name in enumerate("ab", 1))
+    store.register(Registered.of("x", first, store.read(first), alpha=1.0, pinned=False))
+    store._host.clear()  # as if others had pushed it out
+    write_adapter(first, config=good_config(lora_alpha=3))
+
+    def meanwhile(folder: Path, *args: Any, **kwargs: Any) -> Adapter:
+        reading.stop()
+        adapter = load_adapter(folder, *args, **kwargs)
+        if given_away == "unloaded":
+            store.remove("x")
+        else:
+            store.register(Registered.of("x", second, store.read(second), alpha=1.0, pinned=False))
+        if bad:
+            raise AdapterError(AdapterErrorCode.TRUNCATED, "cut")
+        return adapter
+
+    reading = mock.patch.object(store_module, "load_adapter", meanwhile)
+    reading.start()
+    if given_away == "unloaded":
+        with pytest.raises(UnknownAliasError):
+            store.get("x")
+        assert not store.registered
+        assert not store._host
+    else:
+        entry, adapter = store.get("x")
+        assert entry.folder == second
+        assert list(store._host) == [adapter.digest]
+
+
+def test_what_only_its_last_requests_hold_does_not_come_back(store: AdapterStore, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    held = store.read(folder)
+    store.register(Registered.of("x", folder, held, alpha=1.0, pinned=False))
+    entry = store.registered["x"]
+    store.remove("x")
+    assert store._found(entry) == (entry, held)  # someone had looked the alias up just before
+    assert not store._host
 
 
 def test_tensors_are_kept_in_the_store_s_type(tmp_path: Path) -> None:

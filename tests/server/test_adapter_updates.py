@@ -172,7 +172,7 @@ async def test_paths(open_to_updates: Served, tmp_path: Path) -> None:
     assert 'ovms_lora_loads_total{adapter="_other",result="error"} 1.0' in metrics
 
 
-BAD = [
+BAD: list[tuple[str, dict[str, Any]]] = [
     ("adapter_config_invalid", {"config": b"{"}),
     ("adapter_unsupported", {"config": good_config(use_dora=True)}),
     ("adapter_truncated", {"weights": b""}),

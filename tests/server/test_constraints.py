@@ -185,7 +185,7 @@ async def longest_pause(work: asyncio.Task[Any]) -> float:
     return longest
 
 
-LARGE = {
+LARGE: dict[str, dict[str, Any]] = {
     "many definitions": {
         "$defs": {f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(1000)}
         | {"d1000": {"type": "string"}},
@@ -201,7 +201,7 @@ async def test_the_event_loop_goes_on_while_a_large_schema_compiles(name: str) -
     async with serving() as served:
         pauses = []
         for number in range(4):  # a machine that does something else may stop the loop once
-            schema = LARGE[name] | {"title": str(number)}  # another one each time: compiled ones are kept
+            schema = {**LARGE[name], "title": str(number)}  # another one each time: compiled ones are kept
             body = BASE | {"max_tokens": 1, "response_format": json_schema(schema)}
             first = asyncio.create_task(served.post("/v3/completions", **body))
             pauses.append(await longest_pause(first))

@@ -29,7 +29,7 @@ class Client:
         self._leaves = asyncio.Event()
         self._body = json.dumps(body).encode()
         self._sent = False
-        scope = {
+        self.scope = {
             "type": "http",
             "method": "POST",
             "path": path,
@@ -38,7 +38,7 @@ class Client:
             "headers": [(b"content-type", b"application/json")],
             "asgi": {"version": "3.0", "spec_version": "2.3"},
         }
-        self.task = asyncio.create_task(served.app(scope, self._receive, self._send))
+        self.task = asyncio.create_task(served.app(self.scope, self._receive, self._send))
 
     async def _receive(self) -> dict[str, Any]:
         if not self._sent:
@@ -208,3 +208,23 @@ async def test_sixteen_streams_at_once_are_each_their_own(served: Served) -> Non
 async def test_chunks_are_whole_events(served: Served) -> None:
     response = await served.post("/v3/completions", model="m", prompt="hello", stream=True, max_tokens=4)
     assert len(chunks_of(response.text)) == 4
+
+
+async def test_a_client_that_leaves_before_it_has_sent_all_is_no_fault(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages: list[dict[str, Any]] = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": b"{", "more_body": True},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop()
+
+    client = Client(served, "/v3/completions")
+    client.leave()
+    await client.task
+    client.received.clear()
+    await served.app({**client.scope}, receive, client._send)
+    assert client.received[0]["status"] == 499
+    assert not any(record.exc_info for record in caplog.records)

@@ -106,3 +106,14 @@ def test_headers_are_bounded(url: str) -> None:
     with httpx.Client(base_url=url) as client:
         assert client.get("/v2", headers={"X-Long": "x" * 8000}).status_code == 200
         assert client.get("/v2", headers={"X-Long": "x" * 20000}).status_code == 431
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_who_sends_too_much_hears_of_it(url: str, declared: bool) -> None:
+    """The connection must not be reset while the client still writes: that loses the answer."""
+    body = b"x" * 4_000_000
+    with httpx.Client(base_url=url) as client:
+        for _ in range(5):
+            pieces = (body[begin : begin + 100_000] for begin in range(0, len(body), 100_000))
+            answer = client.post("/v3/completions", content=body if declared else pieces)
+            assert answer.status_code == 413
