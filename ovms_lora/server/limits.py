@@ -19,6 +19,7 @@ from ovms_lora.server.options import Limits
 # would lose it the answer.
 _DISCARDED_BYTES = 16 * 1024 * 1024
 _DISCARDING_SECONDS = 2.0
+_SILENCE_SECONDS = 0.2
 
 
 class LimitsMiddleware:
@@ -94,11 +95,12 @@ class _BoundedBody:
 
 
 async def _discard(receive: Receive) -> None:
-    """Throw away what a client still sends, within bounds."""
+    """Throw away what a client still sends, within bounds; until it has nothing more on its way."""
     room, more = _DISCARDED_BYTES, True
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DISCARDING_SECONDS):
             while more and room > 0:
-                message = await receive()
+                async with asyncio.timeout(_SILENCE_SECONDS):
+                    message = await receive()
                 room -= len(message.get("body", b""))
                 more = message.get("more_body", False)

@@ -226,7 +226,7 @@ def test_a_failing_step_fails_the_search_as_one() -> None:
     runner = FakeRunner(num_blocks=64)
 
     def before_step(_: Sequence[Chunk]) -> None:
-        if len(runner.steps) == 4:
+        if len(runner.steps) >= 4:  # again and again: what fails once is tried in halves
             runner.fail_next = EngineError("the device failed")
 
     runner._before_step = before_step
