@@ -73,13 +73,18 @@ class CompositeEntry(StrictModel):
 
 
 class LoraOptions(StrictModel):
-    """How many adapters a base model holds, and where more come from."""
+    """How many adapters a base model holds, and where more come from.
+
+    `linears` says which layers can take an adapter without another compilation: those that a registered one targets, or
+    all. An adapter for other layers is taken in both cases.
+    """
 
     max_loras: Annotated[int, Field(ge=1)] = 8
     max_lora_rank: Annotated[int, Field(ge=1, le=256)] = 64
     max_cpu_loras: Annotated[int, Field(ge=1)] = 64
     total_rank: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     lora_dtype: Literal["auto", "f32", "bf16"] = "auto"
+    linears: Literal["registered", "all"] = "registered"
     dynamic_lora_loading_path: str | None = None
     pinned: list[Alias] = Field(default_factory=list)
 

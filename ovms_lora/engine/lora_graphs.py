@@ -106,6 +106,8 @@ class LoraGraphs:
         """Return what a graph needs for these adapters, and for all that the present one was made for."""
         targets, ranks = self._targets, {entry.digest: entry.max_rank for entry in entries}
         paths = targets.paths.union(*(entry.paths for entry in entries))
+        if self._options.linears == "all":
+            paths |= self._source.linears.shapes.keys()
         width = targets.width if paths == targets.paths else _tile_width(ranks.values())
         self._largest_rank = max(self._largest_rank, *ranks.values(), 0)
         return LoraTargets(paths, width, targets.dtype, targets.sums or sums or self._largest_rank > width)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from ovms_lora.adapters.adapter import BaseLinears, LinearShape
 from ovms_lora.adapters.store import Registered
 from ovms_lora.core.config import LoraOptions
 from ovms_lora.core.errors import AdapterError
@@ -20,6 +21,7 @@ class Recorder:
     """Graph source, engine and runner that remember what was compiled and adopted."""
 
     affords_plain = False
+    linears = BaseLinears({path: LinearShape(*shape) for path, shape in SHAPES.items()}, "head")
 
     def __init__(self) -> None:
         self.compiled: list[LoraTargets] = []
@@ -68,6 +70,13 @@ def test_only_other_linears_need_another_graph() -> None:
     graphs.cover([first, second, entry("c", 8, *SHAPES)])
     assert recorder.compiled[-1].paths == set(SHAPES)
     assert len(recorder.adopted) == 1
+
+
+def test_with_all_linears_no_adapter_needs_another_graph() -> None:
+    graphs, recorder = started(linears="all")
+    assert recorder.compiled[-1].paths == SHAPES.keys()
+    graphs.cover([entry("a", 8, *SHAPES), entry("b", 4)])
+    assert not recorder.adopted
 
 
 def test_a_request_with_several_adapters_needs_sums_once() -> None:
