@@ -91,11 +91,28 @@ class AdapterErrorCode(StrEnum):
     BASE_MISMATCH = "adapter_base_mismatch"
 
 
+_SAVE_AGAIN = "save the adapter again with PEFT's save_pretrained"
+_COPY_AGAIN = "copy the adapter again, whole"
+# What helps where no better word is known at the place of the error.
+_ADAPTER_HINTS = {
+    AdapterErrorCode.CONFIG_MISSING: _COPY_AGAIN,
+    AdapterErrorCode.CONFIG_INVALID: _SAVE_AGAIN,
+    AdapterErrorCode.UNSUPPORTED: "train without it, or merge the adapter with export_model.py --adapter",
+    AdapterErrorCode.FORMAT: "save it with PEFT's save_pretrained, which writes safetensors",
+    AdapterErrorCode.TRUNCATED: _COPY_AGAIN,
+    AdapterErrorCode.HEADER: _SAVE_AGAIN,
+    AdapterErrorCode.DTYPE: "save its tensors as float32, float16 or bfloat16",
+    AdapterErrorCode.INCOMPLETE: _COPY_AGAIN,
+    AdapterErrorCode.NONFINITE: "train again: its weights have overflowed",
+    AdapterErrorCode.BASE_MISMATCH: "use the base that it was trained on",
+}
+
+
 class AdapterError(OvmsLoraError):
     """An adapter is bad in itself: it is refused at load, never applied in part."""
 
     def __init__(self, code: AdapterErrorCode, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
+        super().__init__(message, hint=hint or _ADAPTER_HINTS.get(code))
         self.code = code
 
 

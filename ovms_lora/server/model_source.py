@@ -7,7 +7,7 @@ What a change of an entry means for a model that is served:
 | changed | done |
 |---|---|
 | adapters, composites, `pinned`, loading path, an adapter's files | the runtime applies it, the base stays |
-| `max_loras`, `max_lora_rank`, `max_cpu_loras`, `total_rank`, `lora_dtype`, `linears`; first or last of the LoRA keys | reloaded |
+| the other keys of `lora_options`; first or last of the LoRA keys | reloaded |
 | the folder, its version, its files, its device and properties | reloaded |
 """
 
