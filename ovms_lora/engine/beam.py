@@ -22,8 +22,9 @@ import numpy.typing as npt
 
 from ovms_lora.core.request import GenerationRequest, SequenceOutput, TokenLogprob
 from ovms_lora.engine import sequence as engine_sequence
+from ovms_lora.engine.draw import FloatArray, IntArray, token_logprob, top_indices
 from ovms_lora.engine.output import OutputProcessor
-from ovms_lora.engine.sampler import FloatArray, IntArray, Sampled, token_logprob, top_indices
+from ovms_lora.engine.sampler import Sampled
 from ovms_lora.engine.sequence import Fork
 
 _LARGEST_DIVISOR = 1e300  # so that no length_penalty makes a score infinite

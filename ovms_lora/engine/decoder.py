@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from ovms_lora.core.errors import EngineError, InvalidFieldError, OvmsLoraError
 from ovms_lora.core.request import GenerationRequest, SequenceOutput
+from ovms_lora.engine.draw import FloatArray
 from ovms_lora.engine.live_requests import LiveRequests
 from ovms_lora.engine.output import OutputProcessor
-from ovms_lora.engine.sampler import FloatArray, Sampler
+from ovms_lora.engine.sampler import Sampler
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.engine.sequence import Sequence
 

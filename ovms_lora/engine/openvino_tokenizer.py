@@ -94,6 +94,20 @@ class OpenVinoTokenizer(Tokenizer):
         piece = self._pieces[token_id]
         return sentencepiece_bytes(piece.decode()) if self._graphs.falls_back_to_bytes else piece
 
+    @property
+    def joins_bytes(self) -> bool:
+        """Whether a text is just the bytes of its tokens; see Tokenizer."""
+        return self._joins_pieces
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens; see Tokenizer."""
+        return self._special_ids
+
+    def decoded_bytes(self, token_id: int) -> bytes:
+        """Return what `decode` makes of a token; see Tokenizer."""
+        return self._pieces[token_id] if token_id < len(self._pieces) else b""
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its exact name in the vocabulary, None when there is none."""
         return self._ids.get(token.encode())

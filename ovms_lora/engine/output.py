@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 
 from ovms_lora.core.errors import OvmsLoraError
 from ovms_lora.core.request import FinishReason, GenerationRequest, SequenceOutput, TokenLogprob
-from ovms_lora.engine.sampler import FloatArray, Sampled, token_logprob
+from ovms_lora.engine.detokenizer import Detokenizer, detokenizer
+from ovms_lora.engine.draw import FloatArray, token_logprob
+from ovms_lora.engine.sampler import Sampled
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.engine.sequence import Sequence
 from ovms_lora.engine.stop_strings import StopStrings
-from ovms_lora.engine.tokenizer import Detokenizer, Tokenizer
+from ovms_lora.engine.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
@@ -45,11 +47,9 @@ class OutputProcessor:
     def add(self, sequence: Sequence) -> None:
         """Start a sequence's text."""
         sampling = sequence.request.sampling
-        detokenizer = Detokenizer(
-            self._tokenizer, sequence.request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
-        )
+        prompt, skip = sequence.request.prompt_token_ids, sampling.skip_special_tokens
         stops = StopStrings(sampling.stop, include=sampling.include_stop_str_in_output)
-        self._texts[sequence] = _Text(detokenizer, stops)
+        self._texts[sequence] = _Text(detokenizer(self._tokenizer, prompt, skip_special_tokens=skip), stops)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let a sequence go on from the text of another."""

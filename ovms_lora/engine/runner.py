@@ -101,6 +101,7 @@ class OpenVinoRunner:
 
     def _feed(self, graph: BoundGraph, chunks: Sequence[Chunk]) -> None:
         counts = np.array([chunk.count for chunk in chunks], np.int32)
+        sampled = np.array([chunk.num_sampled for chunk in chunks], np.int32)
         past = np.array([chunk.start for chunk in chunks], np.int32)
         begins = _running_sum(counts)
         tokens, blocks, table_lengths = array("q"), array("i"), []
@@ -110,15 +111,14 @@ class OpenVinoRunner:
             used = -(-end // self.block_size)
             blocks.extend(sequence.blocks[:used])
             table_lengths.append(used)
-        sampled = [np.arange(end - chunk.num_sampled, end) for chunk, end in zip(chunks, begins[1:], strict=True)]
         graph.set("input_ids", np.frombuffer(tokens, np.int64), np.int64)
-        graph.set("position_ids", np.arange(len(tokens)) + np.repeat(past - begins[:-1], counts), np.int64)
+        graph.set("position_ids", _ranges(past, counts), np.int64)
         graph.set("past_lens", past, np.int32)
         graph.set("subsequence_begins", begins, np.int32)
         graph.set("block_indices", np.frombuffer(blocks, np.int32), np.int32)
         graph.set("block_indices_begins", _running_sum(np.array(table_lengths, np.int32)), np.int32)
-        graph.set("max_context_len", np.max(past + counts), np.int32)
-        graph.set("sampled", np.concatenate(sampled), np.int64)
+        graph.set("max_context_len", (past + counts).max(), np.int32)
+        graph.set("sampled", _ranges(begins[1:] - sampled, sampled), np.int64)
 
 
 def _cache_ports(request: ov.InferRequest) -> list[ov.Output]:
@@ -132,6 +132,12 @@ def _cache_tensor(port: ov.Output, num_blocks: int) -> ov.Tensor:
     except (RuntimeError, MemoryError) as error:
         message = f"no memory for a KV cache of {num_blocks} blocks"
         raise ModelFolderError(message, hint="set a smaller cache_size") from error
+
+
+def _ranges(firsts: IntArray, counts: IntArray) -> npt.NDArray[np.int64]:
+    """Return `count` numbers in a row from each first one, one range after another."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) + np.repeat(firsts - ends + counts, counts)
 
 
 def _running_sum(counts: IntArray) -> IntArray:

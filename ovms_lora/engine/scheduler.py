@@ -244,12 +244,14 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
         """Make room for the sequence's pending token, preempting younger ones; False: it was preempted itself."""
-        while self.blocks.missing(sequence) > self.blocks.pool.num_free:
+        while missing := self.blocks.missing(sequence):
+            if missing <= self.blocks.pool.num_free:
+                self.blocks.grow(sequence)
+                break
             victim = _youngest(self.running)
             self._preempt(victim, chunks)
             if victim is sequence:
                 return False
-        self.blocks.grow(sequence)
         return True
 
     def _preempt(self, sequence: Sequence, chunks: list[Chunk]) -> None:

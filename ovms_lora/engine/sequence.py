@@ -39,7 +39,8 @@ _NEXT: dict[SequenceStatus, frozenset[SequenceStatus]] = {
 class Sequence:
     """One continuation of a request's prompt.
 
-    `token_ids` are prompt and output together; the first `num_computed` of them have keys and values in `blocks`.
+    `token_ids` are prompt (`num_prompt` of them) and output together; the first `num_computed` of them have keys and
+    values in `blocks`.
     `num_cached` of the prompt's were found in the cache when the sequence was first admitted; None before that.
     `tiles` are those of its adapters while it runs; None for the plain base.
     `matcher` follows the request's constraint along the output; it has no part in a preemption.
@@ -51,6 +52,7 @@ class Sequence:
     request: GenerationRequest
     index: int
     token_ids: list[int] = field(default_factory=list)
+    num_prompt: int = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     num_cached: int | None = None
@@ -66,6 +68,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.num_prompt = len(self.token_ids)
         if self.matcher is None and self.request.constraint is not None:
             self.matcher = self.request.constraint.matcher()
 
@@ -73,11 +76,6 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and output tokens together."""
         return len(self.token_ids)
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_output(self) -> int:

@@ -18,6 +18,15 @@ def byte_level_bytes(piece: str) -> bytes:
     return b"".join(bytes([alphabet[letter]]) if letter in alphabet else letter.encode() for letter in piece)
 
 
+def decoded_byte_level(piece: str) -> bytes:
+    """Return what a byte-level decoder makes of a piece; with a letter outside of the alphabet it stands for itself."""
+    alphabet = _byte_of_letter()
+    try:
+        return bytes([alphabet[letter] for letter in piece])
+    except KeyError:
+        return piece.encode()
+
+
 def sentencepiece_bytes(piece: str) -> bytes:
     """Return the bytes of a piece that writes a space as `▁`, and a byte outside of the vocabulary as `<0x0A>`."""
     byte = _BYTE.fullmatch(piece)

@@ -1,11 +1,10 @@
 """Tokenizer: text to token ids and back, from a model folder's tokenizer.json, or from OpenVINO's graphs.
 
-`Detokenizer` gives the text of a growing sequence piece by piece, never half a character. Knows no templates.
+The text of a growing sequence is `detokenizer`'s. Knows no templates.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +13,7 @@ import tokenizers
 
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.engine.special_tokens import SpecialTokens, Unmarked
-from ovms_lora.engine.token_bytes import byte_level_bytes, sentencepiece_bytes
-
-_REPLACEMENT = "�"
-_CHARACTER = 4  # bytes, and so tokens, of the longest character
-_MOST_OPEN = 16  # more tokens than this are no character; holding them back would cost more with each one
+from ovms_lora.engine.token_bytes import byte_level_bytes, decoded_byte_level, sentencepiece_bytes
 
 
 class Tokenizer:
@@ -28,6 +23,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._decoded: dict[int, bytes] = {}
         self.special_tokens = _special_tokens(backend)
 
     @classmethod
@@ -107,6 +103,25 @@ class Tokenizer:
             return piece.encode()
         return byte_level_bytes(piece) if self._is_byte_level else sentencepiece_bytes(piece)
 
+    @cached_property
+    def joins_bytes(self) -> bool:
+        """Whether a text is just the bytes of its tokens one after another, as `decoded_bytes` gives them."""
+        return isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel)
+
+    def decoded_bytes(self, token_id: int) -> bytes:
+        """Return what `decode` makes of a token where `joins_bytes`; nothing of an id that names no token."""
+        known = self._decoded.get(token_id)
+        if known is None:
+            piece: str | None = self._backend.id_to_token(token_id)
+            known = self._decoded[token_id] = decoded_byte_level(piece) if piece else b""
+        return known
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens, of which texts hold nothing unless that is asked for."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its exact name in the vocabulary, None when there is none."""
         token_id: int | None = self._backend.token_to_id(token)
@@ -119,62 +134,6 @@ class Tokenizer:
     @cached_property
     def _is_byte_level(self) -> bool:
         return b"ByteLevel" in self._backend.decoder.__getstate__() if self._backend.decoder else False
-
-
-class Detokenizer:
-    """Text of one sequence, token by token.
-
-    A token may hold part of a character, and some tokenizers write a token differently after another one. So the text
-    of a window of recent tokens is taken with and without the new tokens, and what is longer is new; while it ends in
-    an incomplete character, nothing is given out.
-    """
-
-    # Enough for what a decoder looks back on: a leading space that is dropped only at the beginning of a text.
-    _CONTEXT = 5
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special_tokens
-        self._open: list[int] = []
-        self._remember(list(prompt[-self._CONTEXT - _CHARACTER :]))
-
-    def add(self, token_id: int) -> str:
-        """Take one more token; return the text that it completes, perhaps none."""
-        self._open.append(token_id)
-        text = self._decode(self._known + self._open)
-        if text.endswith(_REPLACEMENT) and len(self._open) < _MOST_OPEN:
-            return ""
-        return self._settle(text)
-
-    def fork(self) -> Detokenizer:
-        """Return another one that goes on from here."""
-        other = copy.copy(self)
-        other._open = list(self._open)
-        return other
-
-    def flush(self) -> str:
-        """Return the text that is still held back; what never became a character is given as U+FFFD."""
-        return self._settle(self._decode(self._known + self._open)) if self._open else ""
-
-    def _settle(self, text: str) -> str:
-        new = text[len(self._known_text) :]
-        self._remember(self._known + self._open)
-        self._open = []
-        return new
-
-    def _remember(self, token_ids: list[int]) -> None:
-        """Keep the last tokens as the window, beginning with a whole character where there is one.
-
-        Decoders with byte fallback write a run of byte tokens as U+FFFD as a whole when it begins within a character.
-        """
-        for size in range(self._CONTEXT, self._CONTEXT + _CHARACTER):
-            self._known = token_ids[-size:]
-            self._known_text = self._decode(self._known)
-            if not self._known_text.startswith(_REPLACEMENT):
-                break
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)
 
 
 def _special_tokens(backend: tokenizers.Tokenizer) -> SpecialTokens:

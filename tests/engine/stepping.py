@@ -13,8 +13,9 @@ import numpy as np
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.engine.beam import BeamSearch
 from ovms_lora.engine.block_pool import BlockPool
+from ovms_lora.engine.draw import FloatArray
 from ovms_lora.engine.output import OutputProcessor
-from ovms_lora.engine.sampler import FloatArray, Sampler
+from ovms_lora.engine.sampler import Sampler
 from ovms_lora.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from ovms_lora.engine.sequence import Sequence, SequenceStatus
 from tests.fakes import FakeRunner, byte_tokenizer

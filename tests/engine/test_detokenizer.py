@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from ovms_lora.core.errors import ModelFolderError
-from ovms_lora.engine.tokenizer import Detokenizer, Tokenizer
+from ovms_lora.engine.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer, detokenizer
+from ovms_lora.engine.tokenizer import Tokenizer
 from tests.fakes import EOS, byte_tokenizer
 
 REPLACEMENT = "�"
@@ -44,8 +45,11 @@ BYTES, PIECES, WORDS = byte_tokenizer(), sentencepiece_tokenizer(), metaspace_to
 
 
 def pieces_of(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, prompt)
-    return [*(detokenizer.add(token) for token in tokens), detokenizer.flush()]
+    return pieces_from(detokenizer(tokenizer, prompt), tokens)
+
+
+def pieces_from(text: Detokenizer, tokens: Sequence[int]) -> list[str]:
+    return [*(text.add(token) for token in tokens), text.flush()]
 
 
 def text_after(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
@@ -102,9 +106,40 @@ def test_half_a_character_comes_out_as_a_replacement_only_at_the_end() -> None:
 
 
 def test_endless_bytes_that_are_no_text_come_out_all_the_same() -> None:
-    pieces = pieces_of(BYTES, [], [0x80] * 40 + [97])
+    pieces = pieces_from(WindowDetokenizer(BYTES, []), [0x80] * 40 + [97])
     assert "".join(pieces) == REPLACEMENT * 40 + "a"
     assert pieces[16 - 1] == REPLACEMENT * 16
+    assert pieces_of(BYTES, [], [0x80] * 40 + [97]) == [REPLACEMENT] * 40 + ["a", ""]
+
+
+@given(prompt=TEXTS, text=TEXTS, skip=st.booleans())
+@settings(max_examples=200)
+def test_joined_bytes_and_windows_give_the_same_text(prompt: str, text: str, skip: bool) -> None:
+    before, after = [*prompt.encode(), EOS], [EOS, *text.encode(), EOS, 10**6]
+    kinds = (kind(BYTES, before[-9:], skip_special_tokens=skip) for kind in (ByteDetokenizer, WindowDetokenizer))
+    joined, windows = ("".join(pieces_from(kind, after)) for kind in kinds)
+    assert joined == windows
+
+
+def test_a_character_that_the_prompt_began_is_completed() -> None:
+    assert pieces_of(BYTES, list("x😀".encode())[:-2], list("😀y".encode())[2:]) == ["", "😀", "y", ""]
+
+
+def test_a_fork_goes_on_by_itself() -> None:
+    first = detokenizer(BYTES, [])
+    first.add(0xC3)
+    second = first.fork()
+    assert (first.add(0xA9), second.add(0xA8)) == ("é", "è")
+
+
+def test_an_added_token_is_decoded_as_tokenizers_does() -> None:
+    backend = byte_tokenizer()._backend
+    backend.add_tokens(["<tool>", "two words", "é x", "Ġé"])
+    tokenizer = Tokenizer(backend)
+    for token in ("<tool>", "two words", "é x", "Ġé"):
+        number = tokenizer.token_id(token)
+        assert number is not None
+        assert "".join(pieces_of(tokenizer, [97], [number])) == tokenizer.decode([number])
 
 
 def test_a_replacement_character_that_the_model_writes_comes_out() -> None:
@@ -113,14 +148,14 @@ def test_a_replacement_character_that_the_model_writes_comes_out() -> None:
 
 @pytest.mark.parametrize(("skip", "text"), [(True, "ab"), (False, "a</s>b")])
 def test_special_tokens_are_in_the_text_when_they_are_not_skipped(skip: bool, text: str) -> None:
-    detokenizer = Detokenizer(BYTES, [], skip_special_tokens=skip)
-    assert "".join(detokenizer.add(token) for token in (97, EOS, 98)) == text
+    growing = detokenizer(BYTES, [], skip_special_tokens=skip)
+    assert "".join(growing.add(token) for token in (97, EOS, 98)) == text
 
 
 def test_flushing_twice_gives_nothing_more() -> None:
-    detokenizer = Detokenizer(BYTES, [])
-    detokenizer.add(0xC3)
-    assert [detokenizer.flush(), detokenizer.flush()] == [REPLACEMENT, ""]
+    growing = detokenizer(BYTES, [])
+    growing.add(0xC3)
+    assert [growing.flush(), growing.flush()] == [REPLACEMENT, ""]
 
 
 # The tokenizer of a folder.

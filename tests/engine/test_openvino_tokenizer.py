@@ -15,9 +15,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.engine import tokenizer_graphs
+from ovms_lora.engine.detokenizer import detokenizer
 from ovms_lora.engine.openvino_tokenizer import OpenVinoTokenizer
 from ovms_lora.engine.special_tokens import unmark
-from ovms_lora.engine.tokenizer import Detokenizer, Tokenizer
+from ovms_lora.engine.tokenizer import Tokenizer
 from ovms_lora.engine.tokenizer_graphs import without_tokens
 
 GRAPHS = ("openvino_tokenizer.xml", "openvino_tokenizer.bin", "openvino_detokenizer.xml", "openvino_detokenizer.bin")
@@ -141,9 +142,9 @@ def test_a_text_is_not_cut_at_the_length_that_the_graph_names(pair: Pair) -> Non
 def test_a_text_grows_token_by_token(pair: Pair) -> None:
     text = "hello 🙂 漢字 world"
     token_ids = pair.graphs.encode(text, add_special_tokens=False)
-    detokenizer = Detokenizer(pair.graphs, [])
-    pieces = [detokenizer.add(token_id) for token_id in token_ids]
-    assert "".join(pieces) + detokenizer.flush() == text
+    growing = detokenizer(pair.graphs, [])
+    pieces = [growing.add(token_id) for token_id in token_ids]
+    assert "".join(pieces) + growing.flush() == text
 
 
 def test_ids_outside_of_the_vocabulary_have_no_text(pair: Pair) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
-from ovms_lora.engine.sampler import FloatArray, Sampled, Sampler, draw, token_logprob, top_indices
+from ovms_lora.engine.draw import FloatArray, draw, nucleus, token_logprob, top_indices
+from ovms_lora.engine.sampler import Sampled, Sampler
 from ovms_lora.engine.sequence import Sequence
 
 Float64Array = npt.NDArray[np.float64]
@@ -126,6 +127,35 @@ def test_over_a_large_vocabulary_only_kept_tokens_are_drawn(combination: dict[st
     rng = np.random.default_rng(5)
     probabilities = exact(row, params)
     assert all(probabilities[draw(row, params, rng)] > 0 for _ in range(200))
+
+
+@given(row=rows(), top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-12]), scale=st.sampled_from([0.01, 1, 20]))
+@settings(max_examples=200)
+def test_a_nucleus_is_the_fewest_best_tokens_that_hold_its_weight(row: FloatArray, top_p: float, scale: float) -> None:
+    if not np.isfinite(row.max()):
+        return
+    weights = np.exp(scale * (row - row.max())).astype(np.float32)
+    tokens = nucleus(weights, top_p)
+    whole, held = weights.sum(dtype=np.float64), weights[tokens].sum(dtype=np.float64)
+    left_out = np.delete(weights, tokens)
+    assert len(np.unique(tokens)) == len(tokens)
+    assert left_out.max(initial=0) <= weights[tokens].min()
+    assert held >= whole * top_p * (1 - 1e-6)
+    assert held - weights[tokens].min() <= whole * top_p * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("size", [4095, 4096, 20011])
+def test_over_a_large_vocabulary_tokens_are_drawn_as_often_as_they_should(size: int) -> None:
+    row, params = logits(size, seed=4), SamplingParams(top_p=0.97)
+    rng = np.random.default_rng(6)
+    for chosen in (params, SamplingParams()):
+        counts = np.bincount([draw(row, chosen, rng) for _ in range(8000)], minlength=size)
+        # In 50 groups of neighbours, and in 50 of every 50th.
+        groups = np.arange(size) * 50 // size
+        for group in (groups, np.arange(size) % 50):
+            assert fits(
+                np.bincount(group, counts).astype(np.int64), np.bincount(group, exact(row, chosen)).astype(np.float64)
+            )
 
 
 def test_a_flat_row_needs_more_than_one_look_for_its_nucleus() -> None:

@@ -13,10 +13,11 @@ import pytest
 from ovms_lora.check import check
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.request import SequenceOutput
+from ovms_lora.engine.detokenizer import detokenizer
 from ovms_lora.engine.model import load_model
 from ovms_lora.engine.openvino_tokenizer import OpenVinoTokenizer
 from ovms_lora.engine.special_tokens import unmark
-from ovms_lora.engine.tokenizer import Detokenizer, Tokenizer
+from ovms_lora.engine.tokenizer import Tokenizer
 from ovms_lora.server.model_source import ConfigFile
 from tests import ovms_repository
 from tests.engine.test_openvino_tokenizer import TEXTS
@@ -60,9 +61,9 @@ def test_a_growing_text_is_the_same(exact_base: Path, without_json: Path) -> Non
     grown = []
     for folder in (exact_base, without_json):
         tokenizer = Tokenizer.from_folder(folder)
-        detokenizer = Detokenizer(tokenizer, tokenizer.encode("In 1815"))
+        growing = detokenizer(tokenizer, tokenizer.encode("In 1815"))
         token_ids = tokenizer.encode(" the 3 ships: 漢字 🧑\u200d🚀 é <|im_end|> done", add_special_tokens=False)
-        grown.append([detokenizer.add(token_id) for token_id in token_ids] + [detokenizer.flush()])
+        grown.append([growing.add(token_id) for token_id in token_ids] + [growing.flush()])
     assert grown[0] == grown[1]
 
 
