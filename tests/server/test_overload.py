@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from bench.overload import CONNECTIONS, Ask, asker, measure, open_loop, quantile
+from bench.keep_alive import KeepAlive
+from bench.overload import Ask, asker, measure, open_loop, quantile
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.server.keys import ApiKey, digest_of
 from ovms_lora.server.options import Limits, ServerOptions
@@ -38,13 +38,7 @@ def models() -> FakeModels:
     )
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=30, limits=CONNECTIONS) as client:
-        yield client
-
-
-def ask_of(client: httpx.AsyncClient, server: Listening, key: str | None = None, **body: Any) -> Ask:
+def ask_of(client: KeepAlive, server: Listening, key: str | None = None, **body: Any) -> Ask:
     body = {"model": "m", "prompt": "hi", "max_tokens": 4, "ignore_eos": True, **body}
     return asker(client, f"http://127.0.0.1:{server.port}/v1/completions", body, key)
 
