@@ -54,7 +54,8 @@ class KeepAlive:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for connection in self._idle:
-            connection.writer.transport.abort()
+            connection.writer.close()
+        await asyncio.gather(*(each.writer.wait_closed() for each in self._idle), return_exceptions=True)
 
     async def post(self, path: str, body: Mapping[str, Any], key: str | None = None) -> Answer:
         """Ask once; without an answer in time, or with a broken one, the status is 0."""

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
 from urllib.parse import urlsplit
 
 import uvloop

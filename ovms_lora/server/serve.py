@@ -35,8 +35,8 @@ from ovms_lora.server.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5
-# Engine and event loop share the interpreter's lock. Who computes gives it up this late; five milliseconds, the default,
-# for each lock that a step takes again cost a flooded engine a fifth of its steps.
+# Engine and event loop share the interpreter's lock, and who computes gives it up no sooner than this. The default of
+# five milliseconds, each time that a step takes the lock again, would let a flood of requests slow the engine down.
 _SWITCH_SECONDS = 0.0005
 
 
