@@ -46,6 +46,7 @@ class KeepAlive:
         self._port = port
         self._seconds = seconds
         self._idle: list[_Connection] = []
+        self._made: list[_Connection] = []
 
     async def __aenter__(self) -> KeepAlive:
         return self
@@ -53,9 +54,9 @@ class KeepAlive:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for connection in self._idle:
+        for connection in self._made:
             connection.writer.close()
-        await asyncio.gather(*(each.writer.wait_closed() for each in self._idle), return_exceptions=True)
+        await asyncio.gather(*(each.writer.wait_closed() for each in self._made), return_exceptions=True)
 
     async def post(self, path: str, body: Mapping[str, Any], key: str | None = None) -> Answer:
         """Ask once; without an answer in time, or with a broken one, the status is 0."""
@@ -85,7 +86,9 @@ class KeepAlive:
         self._idle.append(connection)
 
     async def _connect(self) -> _Connection:
-        return _Connection(*await asyncio.open_connection(self._host, self._port))
+        connection = _Connection(*await asyncio.open_connection(self._host, self._port))
+        self._made.append(connection)
+        return connection
 
 
 async def _read(reader: asyncio.StreamReader) -> Answer:
