@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -qq
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check image-test bench soak docs lock clean
+.PHONY: help demo test check image-test bench soak audit docs lock clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,12 +31,14 @@ bench: $(VENV)/.dev $(VENV)/.model ## measure, in some minutes (BENCH_ARGS="--mo
 soak: $(VENV)/.dev ## let clients of all kinds at a server for two minutes (SOAK_ARGS="--minutes 30")
 	@$(BIN)/python -m bench.soak $(SOAK_ARGS)
 
+audit: $(VENV)/.dev ## look the locked packages up among known weaknesses (needs pypi.org)
+	@$(BIN)/python requirements/audit.py
+
 docs: $(VENV)/.dev ## write the generated parts of the documentation again
 	@$(BIN)/python docs/generate.py
 
 lock: ## resolve requirements/*.txt anew from pyproject.toml (needs uv)
 	@requirements/lock.sh
-
 
 clean: ## remove the environment and everything that was exported
 	rm -rf $(VENV) .cache models/*/ models/config.json*

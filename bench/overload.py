@@ -6,7 +6,8 @@
 
 python -m bench.overload --url http://127.0.0.1:8000 --model base_model [--seconds 60] [--factor 10]
 
-Speaks HTTP only, to any server: its own numbers are in `Report`.
+Speaks HTTP only, to any server: its own numbers are in `Report`. The client shares the machine with the server, so how
+late the client itself is stands beside: a time in the report is the server's only as far as it exceeds that.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
+import uvloop
+
+from bench.keep_alive import KeepAlive
 
 _USUAL = 1.5  # a request that takes no longer than this many times its time alone is answered as usual
 _PATIENCE = 30.0
-# As many as it takes; none is used again just when the server closes it for being idle.
-CONNECTIONS = httpx.Limits(max_connections=None, keepalive_expiry=2)
+_TICK = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +57,43 @@ class Report:
     without_retry_after: int
     accepted_p99: float
     recovery: float
+    client_lag_p50: float
+    client_lag_p99: float
 
 
 Ask = Callable[[], Coroutine[Any, Any, Asked]]
 
 
-def asker(client: httpx.AsyncClient, path: str, body: Mapping[str, Any], key: str | None = None) -> Ask:
+def asker(client: KeepAlive, path: str, body: Mapping[str, Any], key: str | None = None) -> Ask:
     """Return what asks once."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def ask() -> Asked:
         begun = time.perf_counter()
-        try:
-            response = await client.post(path, json=body, headers=headers)
-        except httpx.TransportError:
-            response = httpx.Response(0)
+        answer = await client.post(path, body, key)
         ended = time.perf_counter()
-        return Asked(response.status_code, "retry-after" in response.headers, ended - begun, ended)
+        return Asked(answer.status, b"retry-after:" in answer.headers, ended - begun, ended)
 
     return ask
+
+
+class ClientLag:
+    """How late this client's own event loop is, looked at all the time; use it in `with`."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def __enter__(self) -> ClientLag:
+        self._task = asyncio.create_task(self._look())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._task.cancel()
+
+    async def _look(self) -> None:
+        while True:
+            due = time.perf_counter() + _TICK
+            await asyncio.sleep(_TICK)
+            self.seconds.append(time.perf_counter() - due)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -122,7 +143,8 @@ async def measure(ask: Ask, *, clients: int, factor: float, seconds: float) -> R
     alone = statistics.median([(await ask()).seconds for _ in range(5)])
     capacity = await saturation(ask, clients=clients, seconds=max(2.0, seconds / 4))
     begun = time.perf_counter()
-    tasks = await open_loop(ask, rate=factor * capacity, seconds=seconds)
+    with ClientLag() as lag:
+        tasks = await open_loop(ask, rate=factor * capacity, seconds=seconds)
     overloaded = time.perf_counter()
     recovered = await recovery(ask, alone)
     asked = await asyncio.gather(*tasks)
@@ -141,12 +163,15 @@ async def measure(ask: Ask, *, clients: int, factor: float, seconds: float) -> R
         without_retry_after=sum(not one.retry_after for one in refused),
         accepted_p99=quantile(accepted, 0.99),
         recovery=recovered,
+        client_lag_p50=quantile(lag.seconds, 0.5),
+        client_lag_p99=quantile(lag.seconds, 0.99),
     )
 
 
 async def _run(options: argparse.Namespace) -> Report:
     body = {"model": options.model, "prompt": "hello", "max_tokens": options.tokens, "ignore_eos": True}
-    async with httpx.AsyncClient(base_url=options.url, timeout=600, limits=CONNECTIONS) as client:
+    address = urlsplit(options.url)
+    async with KeepAlive(address.hostname or "127.0.0.1", address.port or 80) as client:
         ask = asker(client, "/v1/completions", body, options.key)
         return await measure(ask, clients=options.clients, factor=options.factor, seconds=options.seconds)
 
@@ -161,7 +186,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32, help="that saturate it")
     parser.add_argument("--factor", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=60.0)
-    print(json.dumps(dataclasses.asdict(asyncio.run(_run(parser.parse_args()))), indent=1))
+    print(json.dumps(dataclasses.asdict(uvloop.run(_run(parser.parse_args()))), indent=1))
 
 
 if __name__ == "__main__":

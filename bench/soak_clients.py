@@ -25,6 +25,8 @@ _TOKENS = 24
 _WEIGHTS = {"good": 60, "bad": 20, "slow": 8, "vanishing": 12}
 _SECONDS = 300.0  # more than any answer takes; machines may stand still
 _MOST_FAULTS = 20
+# None is used again just when the server closes it for being idle: no client could tell that from a fault.
+_CONNECTIONS = httpx.Limits(keepalive_expiry=2)
 _JSON = {"Content-Type": "application/json"}
 
 # Path, body, statuses that are right.
@@ -115,22 +117,27 @@ class Traffic:
                 await self._good(client, canary)
 
     def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._url, timeout=_SECONDS)
+        return httpx.AsyncClient(base_url=self._url, timeout=_SECONDS, limits=_CONNECTIONS)
 
     async def _act(self, client: httpx.AsyncClient, until: float) -> None:
         canaries = list(self._right)
         while time.monotonic() < until:
             (kind,) = self._rng.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()))
-            canary = self._rng.choice(canaries)
-            match kind:
-                case "good":
-                    await self._good(client, canary)
-                case "bad":
-                    await self._bad(client, *self._rng.choice(BAD))
-                case "slow":
-                    await self._streaming(client, canary, pause=0.05)
-                case _:
-                    await self._vanishing(client, canary)
+            try:
+                await self._ask(client, kind, self._rng.choice(canaries))
+            except httpx.TransportError as error:
+                self.tally.fault(f"a {kind} client lost its connection: {error!r}")
+
+    async def _ask(self, client: httpx.AsyncClient, kind: str, canary: Canary) -> None:
+        match kind:
+            case "good":
+                await self._good(client, canary)
+            case "bad":
+                await self._bad(client, *self._rng.choice(BAD))
+            case "slow":
+                await self._streaming(client, canary, pause=0.05)
+            case _:
+                await self._vanishing(client, canary)
 
     async def _good(self, client: httpx.AsyncClient, canary: Canary) -> None:
         if self._rng.random() < 0.4:

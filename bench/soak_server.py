@@ -24,8 +24,8 @@ _MEGABYTE = 2**20
 _START_SECONDS = 120
 _STOP_SECONDS = 40  # the server drains for 30
 _STRENGTH = 0.4  # of the adapters' random values: enough for other texts than the base's
-# Memory has been seen to grow with every new length of a step, up to a bound, and with every block that is used for the
-# first time. With few of both that is over soon.
+# Memory grows with every new length of a step, up to a bound (OpenVINO and oneDNN keep what they compile for it, see
+# docs/decisions.md), and with every block that is used for the first time. With few of both that is over soon.
 _SMALL = ("--max_num_seqs", "8", "--max_num_batched_tokens", "16")
 VERSIONS = ("version0", "version1")
 

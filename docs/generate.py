@@ -72,7 +72,7 @@ def limits() -> str:
     """Return docs/limits.md."""
     rows = "".join(f"| `{field.name}` | {field.default:.7g} | {MEANINGS[field.name]} |\n" for field in fields(Limits))
     return (
-        f"# Limits\n\n{_NOTE}\n\nEach is changed with `--limit NAME=NUMBER`. Bounds on fields of requests stand in "
+        f"# Limits\n\n{_NOTE}\n\nEach is changed with `--limit NAME=NUMBER`. What else is bounded stands in "
         f"[SECURITY.md](../SECURITY.md).\n\n| name | default | bounds |\n|---|---|---|\n{rows}"
     )
 

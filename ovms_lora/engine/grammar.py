@@ -44,10 +44,10 @@ _JSON_OPTIONS: dict[str, Any] = {
 _PATTERN_KEYS = frozenset({"pattern", "patternProperties"})
 
 
-def grammar_text(spec: ConstraintSpec) -> str:
+def grammar_text(spec: ConstraintSpec, *, schema_bytes: int = MAX_SCHEMA_BYTES) -> str:
     """Return the grammar for a spec. Raises ValueError with the reason when it is too large or no such source."""
     source = spec.source if isinstance(spec.source, str) else "".join(spec.source)
-    _bound(source, _MOST_BYTES[spec.kind])
+    _bound(source, schema_bytes if spec.kind is ConstraintKind.JSON_SCHEMA else _MOST_BYTES[spec.kind])
     return _TRANSLATIONS[spec.kind](spec.source)
 
 
@@ -145,7 +145,6 @@ def _grammar(source: Any) -> str:
 
 _MOST_BYTES = {
     ConstraintKind.JSON_OBJECT: 0,
-    ConstraintKind.JSON_SCHEMA: MAX_SCHEMA_BYTES,
     ConstraintKind.REGEX: MAX_REGEX_BYTES,
     ConstraintKind.CHOICE: MAX_CHOICE_BYTES,
     ConstraintKind.GRAMMAR: MAX_GRAMMAR_BYTES,

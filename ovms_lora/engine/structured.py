@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ovms_lora.core.constraint import BoolArray, ConstraintKind, ConstraintSpec
 from ovms_lora.core.errors import InvalidFieldError
-from ovms_lora.engine.grammar import grammar_text
+from ovms_lora.engine.grammar import MAX_SCHEMA_BYTES, grammar_text
 from ovms_lora.engine.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class ConstraintCompiler:
             self._kept.move_to_end(spec)
             return kept
 
-    def compile(self, spec: ConstraintSpec, *, param: str) -> CompiledConstraint:
+    def compile(self, spec: ConstraintSpec, *, param: str, schema_bytes: int = MAX_SCHEMA_BYTES) -> CompiledConstraint:
         """Return the constraint for a spec. Raises InvalidFieldError with the reason, in the name of `param`."""
         kept = self.kept(spec)
         if kept:
@@ -144,7 +144,7 @@ class ConstraintCompiler:
         if self._tokenizer is None:
             raise InvalidFieldError(f"{param} is not supported with the tokenizer of this model", param=param)
         try:
-            compiled = CompiledConstraint(_compiled(spec, self._tokenizer))
+            compiled = CompiledConstraint(_compiled(spec, self._tokenizer, schema_bytes))
         except ValueError as error:
             raise InvalidFieldError(f"{param} does not compile: {error}", param=param) from error
         self._keep(spec, compiled)
@@ -165,12 +165,12 @@ def _size(spec: ConstraintSpec) -> int:
     return len(spec.source) if isinstance(spec.source, str) else sum(map(len, spec.source))
 
 
-def _compiled(spec: ConstraintSpec, tokenizer: LLTokenizer) -> LLMatcher:
+def _compiled(spec: ConstraintSpec, tokenizer: LLTokenizer, schema_bytes: int) -> LLMatcher:
     """Return a matcher at the beginning. Raises ValueError with the reason in one line."""
     limits = _GRAMMAR_LIMITS if spec.kind in _WRITTEN_AS_GRAMMAR else _SCHEMA_LIMITS
 
     def build() -> LLMatcher:
-        matcher = LLMatcher(tokenizer, grammar_text(spec), log_level=0, limits=limits)
+        matcher = LLMatcher(tokenizer, grammar_text(spec, schema_bytes=schema_bytes), log_level=0, limits=limits)
         if not matcher.is_error():
             # The first mask is the dearest, and shows what is too complex or can match no text at all. It stays in
             # the lexer that all copies begin with.

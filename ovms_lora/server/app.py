@@ -22,6 +22,7 @@ from ovms_lora.core.errors import EngineError, NoMemoryError, OvmsLoraError
 from ovms_lora.server import config_routes, docs_page, health, lora_routes, metrics_route, v1, v3
 from ovms_lora.server.access_log import AccessLogMiddleware
 from ovms_lora.server.adapter_updates import AdapterUpdates
+from ovms_lora.server.admission import AdmissionMiddleware
 from ovms_lora.server.auth import ApiKeyMiddleware
 from ovms_lora.server.disconnect import ClientGoneError
 from ovms_lora.server.errors import error_style
@@ -83,7 +84,8 @@ def build_app(
     metrics, workers = Metrics(registry), Workers()
     updates = AdapterUpdates(registry, lifecycle, metrics.lora, workers, options.lora_path_prefixes)
     app.state.server = ServerState(options, registry, lifecycle, updates, metrics, workers)
-    for router in (health.router, config_routes.router, v3.router, v1.router, docs_page.router):
+    # The first one that fits is taken, after all before it were tried: what is asked most stands first.
+    for router in (v1.router, v3.router, health.router, config_routes.router, docs_page.router):
         app.include_router(router)
     if options.runtime_lora_updating:
         app.include_router(lora_routes.router)
@@ -100,7 +102,7 @@ def _middleware(options: ServerOptions) -> list[Middleware]:
         )
     if options.api_keys or options.admin_keys:
         stack.append(Middleware(ApiKeyMiddleware, keys=options.api_keys, admin_keys=options.admin_keys))
-    return [*stack, Middleware(LimitsMiddleware, limits=options.limits)]
+    return [*stack, Middleware(LimitsMiddleware, limits=options.limits), Middleware(AdmissionMiddleware)]
 
 
 @contextlib.asynccontextmanager

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ovms_lora.server.call import Call, Prompt
 from ovms_lora.server.errors import ErrorStyle
-from ovms_lora.server.fields import Schema, Table, Values
+from ovms_lora.server.fields import ModelLimits, Schema, Table, Values
 from ovms_lora.server.logprobs import TokenWriter
 from ovms_lora.server.registry import ModelRegistry
 from ovms_lora.server.sampling import SamplingDefaults
@@ -76,7 +76,7 @@ class Dialect:
     model_name: Callable[[Mapping[str, Any], ModelRegistry], str]
     head: Schema
     tokenize_fields: Table
-    tokenize: Callable[[Mapping[str, Any], LoadedModel, Sequence[AdapterUse]], dict[str, Any]]
+    tokenize: Callable[[Mapping[str, Any], ModelLimits, LoadedModel, Sequence[AdapterUse]], dict[str, Any]]
     card: Callable[[ModelCard], dict[str, Any]]
     no_such_card: Callable[[str], Response]
     answers: AnswerTypes

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ovms_lora.core.errors import InvalidFieldError
+from ovms_lora.server.bounds import Bound
+from ovms_lora.server.options import Limits
 
 Check = Callable[[Any], Any]
 Schema = dict[str, Any]
@@ -23,16 +25,18 @@ Values = dict[str, Any]
 UINT32_MAX = 2**32 - 1
 INT64_MAX = 2**63 - 1
 
+_DEFAULTS = Limits()
 _LIMIT = re.compile(r"\{limits\.(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the served model allows, for the rules that depend on it."""
+    """What the served model and the server allow, for the rules that depend on it."""
 
     max_tokens_limit: int | None = None
     best_of_limit: int = 20
     takes_adapters: bool = False
+    server: Limits = _DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ def takes(schema: Schema) -> Callable[[Check], Rule]:
     return lambda check: Rule(check, schema)
 
 
-def schema_of(*checks: Check) -> Schema:
+def schema_of(*checks: Check | Bound) -> Schema:
     """Return what passes all these checks, as far as they tell."""
     schema: Schema = {}
     for check in checks:
@@ -70,14 +74,14 @@ class OnlyWith:
 
 @dataclass(frozen=True, slots=True, init=False)
 class Field:
-    """One row of a table: a field and its checks, applied in order.
+    """One row of a table: a field and its checks, applied in order; bounds that the server sets may be among them.
 
     `null` False makes null a value like others; `missing` is the message where a field that is required is left out.
     `only_with` is asked before the checks.
     """
 
     name: str
-    checks: tuple[Check, ...]
+    checks: tuple[Check | Bound, ...]
     null: bool
     missing: str | None
     only_with: OnlyWith | None
@@ -85,7 +89,7 @@ class Field:
     def __init__(
         self,
         name: str,
-        *checks: Check,
+        *checks: Check | Bound,
         null: bool = True,
         missing: str | None = None,
         only_with: OnlyWith | None = None,
@@ -137,7 +141,7 @@ class Table:
                 continue
             if field.only_with is not None and values.get(field.only_with.name) is not True:
                 raise InvalidFieldError(field.only_with.message, param=field.name)
-            values[field.name] = _checked(field, value)
+            values[field.name] = _checked(field, value, limits.server)
         for field in self.fields:
             if field.missing is not None and field.name not in values:
                 raise InvalidFieldError(field.missing, param=field.name)
@@ -166,10 +170,10 @@ class Table:
         return schema
 
 
-def _checked(field: Field, value: Any) -> Any:
+def _checked(field: Field, value: Any, limits: Limits) -> Any:
     try:
         for check in field.checks:
-            value = check(value)
+            value = check.check(value, limits) if isinstance(check, Bound) else check(value)
     except ValueError as error:
         raise InvalidFieldError(str(error), param=field.name) from error
     return value

@@ -27,7 +27,7 @@ from ovms_lora.server.call import Call, Choices
 from ovms_lora.server.constraints import asked_constraint
 from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.disconnect import ClientGoneError, unless_gone
-from ovms_lora.server.fields import Table, Values
+from ovms_lora.server.fields import ModelLimits, Table, Values
 from ovms_lora.server.large_json import dump_json
 from ovms_lora.server.sampling import sampled_candidates, sampling_params, token_budget
 from ovms_lora.server.shapes import Answer, ChoiceShape
@@ -69,7 +69,9 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
     try:
         # Before anything is worked out for it: refusing must cost less than serving.
         selection.served.model.engine.check_room(tenant.name, tenant.queue_share)
-        values = await server.workers.run(size, _values, document, selection.served, endpoint)
+        values = await server.workers.run(
+            size, _values, document, selection.served.limits(server.options.limits), endpoint
+        )
         tenant.check_blend(selection.served.name, AdapterChoice.of(values).blended)
         uses = await server.uses(selection, AdapterChoice.of(values))
         asked = _Asked(values, document.get("model") or selection.served.name, uses, tenant)
@@ -96,9 +98,9 @@ class _Asked:
     tenant: Tenant
 
 
-def _values(document: Mapping[str, Any], served: ServedModel, endpoint: Endpoint) -> Values:
+def _values(document: Mapping[str, Any], limits: ModelLimits, endpoint: Endpoint) -> Values:
     """Return the checked fields. Raises InvalidFieldError."""
-    values = endpoint.table.read(document, served.limits)
+    values = endpoint.table.read(document, limits)
     tell_of_unknown(document, endpoint.table)
     return values
 

@@ -9,13 +9,11 @@ import json
 from typing import Any
 
 from ovms_lora.core.strength import MAX_STRENGTH, is_strength
+from ovms_lora.server.bounds import Bound, at_most
 from ovms_lora.server.fields import Check, Schema, takes
 
 PromptInput = str | tuple[int, ...]
 
-MAX_PROMPTS = 256
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
 MAX_BLEND = 64
 
 _TEXT: Schema = {"type": "string", "minLength": 1}
@@ -23,7 +21,7 @@ _TOKEN_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer
 _PROMPT_LIST: Schema = {
     "type": "array",
     "minItems": 1,
-    "maxItems": MAX_PROMPTS,
+    **at_most("maxItems", "prompts"),
     "items": {"anyOf": [_TEXT, _TOKEN_IDS]},
 }
 _PART: Schema = {
@@ -41,7 +39,7 @@ _MESSAGE: Schema = {
     },
     "required": ["role"],
 }
-_STOP: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STOP: Schema = {"type": "string", "minLength": 1, **at_most("maxLength", "stop_characters")}
 _STRENGTH: Schema = {"type": "number", "minimum": -MAX_STRENGTH, "maximum": MAX_STRENGTH}
 _BLEND_PART: Schema = {
     "type": "object",
@@ -58,12 +56,13 @@ def prompts(value: Any) -> tuple[PromptInput, ...]:
         value = [value]
     if not isinstance(value, list):
         raise ValueError("prompt is not a string")
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"prompt array must have no more than {MAX_PROMPTS} prompts")
     checked = tuple(_prompt(item) for item in value)
     if not checked or not all(checked):
         raise ValueError("prompt is missing")
     return checked
+
+
+PROMPTS = Bound("prompts", "prompt array must have no more than {limit} prompts")
 
 
 def _prompt(value: Any) -> PromptInput:
@@ -150,22 +149,28 @@ def _content_part(part: Any) -> str:
     return str(part["text"])
 
 
-@takes({"anyOf": [_STOP, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP}]})
+@takes({"anyOf": [_STOP, {"type": "array", "items": _STOP, **at_most("maxItems", "stop_strings")}]})
 def stop_strings(value: Any) -> tuple[str, ...]:
     """One stop string or several. Raises ValueError."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
         raise ValueError("stop is not a string or array of strings")
-    if len(value) > MAX_STOPS:
-        raise ValueError(f"stop array must have no more than {MAX_STOPS} strings")
     if not all(isinstance(item, str) for item in value):
         raise ValueError("stop array contains non string element")
     if not all(value):
         raise ValueError("stop contains an empty string")
-    if any(len(item) > MAX_STOP_CHARACTERS for item in value):
-        raise ValueError(f"stop strings must have no more than {MAX_STOP_CHARACTERS} characters")
     return tuple(value)
+
+
+STOPS = (
+    Bound("stop_strings", "stop array must have no more than {limit} strings"),
+    Bound(
+        "stop_characters",
+        "stop strings must have no more than {limit} characters",
+        lambda value: max(map(len, value), default=0),
+    ),
+)
 
 
 def stream_options(*accepted: str) -> Check:

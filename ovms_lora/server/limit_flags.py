@@ -24,6 +24,12 @@ MEANINGS = {
     "drain_seconds": "time for running requests to end after the first signal",
     "heartbeat_seconds": "how long a step may take before the server counts as dead (`/v2/health/live` answers 503)",
     "buffered_outputs": "outputs of a sequence that wait for a slow reader of its stream, before it is dropped",
+    "prompts": "prompts of one call, or texts to tokenize (400)",
+    "n": "answers to one prompt on `/v1`, and `best_of` there; on `/v3` the model's `best_of_limit` bounds both (400)",
+    "stop_strings": "stop strings of a request (400)",
+    "stop_characters": "characters of a stop string (400)",
+    "logit_bias": "entries of `logit_bias` (400)",
+    "schema_bytes": "a JSON schema that the answer must match (400)",
 }
 
 _LARGEST = 2**40

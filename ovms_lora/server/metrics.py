@@ -111,6 +111,10 @@ class Metrics:
         """Begin to measure one call of a served model."""
         return CallMetrics(self, api, model, "Stream" if streamed else "Unary")
 
+    def refuse(self, api: str, model: str) -> None:
+        """Note a call that was refused by its head: whether it wants a stream was not read."""
+        self.rejected.add(api, "REST", "Unary", model)
+
     def exposition(self) -> bytes:
         """Return everything in Prometheus's text format; may wait for a runtime's lock."""
         return generate_latest(self._registry)

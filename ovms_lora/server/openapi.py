@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from ovms_lora.server import answer_types
 from ovms_lora.server.auth import ADMIN_PATHS
+from ovms_lora.server.bounds import with_limits
 from ovms_lora.server.health import PROBES
 from ovms_lora.server.options import ServerOptions
 from ovms_lora.server.route_docs import REF
@@ -39,7 +40,8 @@ def completed(document: dict[str, Any], options: ServerOptions) -> dict[str, Any
             _drop_supposed_validation(operation["responses"])
             if _wants_key(path, options):
                 operation["security"] = [{_KEY: []}]
-    return document
+    described: dict[str, Any] = with_limits(document, options.limits)
+    return described
 
 
 def _named_schemas() -> dict[str, Any]:

@@ -29,6 +29,12 @@ class Limits:
     drain_seconds: float = 30.0
     heartbeat_seconds: float = 60.0
     buffered_outputs: int = 4096
+    prompts: int = 256
+    n: int = 128
+    stop_strings: int = 16
+    stop_characters: int = 256
+    logit_bias: int = 300
+    schema_bytes: int = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ovms_lora.core.errors import ModelNotFoundError, UnavailableError
 from ovms_lora.core.names import split_model
 from ovms_lora.server.fields import ModelLimits
+from ovms_lora.server.options import Limits
 
 if TYPE_CHECKING:
     from ovms_lora.engine.model import LoadedModel
@@ -60,11 +61,10 @@ class ServedModel:
         """The name under which it is served."""
         return self.spec.name
 
-    @property
-    def limits(self) -> ModelLimits:
-        """What its options allow a request to ask for."""
+    def limits(self, server: Limits) -> ModelLimits:
+        """Return what its options and the server allow a request to ask for."""
         options = self.model.options
-        return ModelLimits(options.max_tokens_limit, options.best_of_limit, self.model.lora is not None)
+        return ModelLimits(options.max_tokens_limit, options.best_of_limit, self.model.lora is not None, server)
 
     def knows(self, alias: str) -> bool:
         """Whether an adapter or composite has this alias: loaded, or configured and refused."""

@@ -49,12 +49,12 @@ def dialect_router(dialect: Dialect) -> APIRouter:
         document, size = await read_document(request, dialect)
         server = state_of(request)
         selection = await server.select(dialect.model_name(document, server.registry), tenant_of(request))
-        model = selection.served.model
+        model, limits = selection.served.model, selection.served.limits(server.options.limits)
         if "messages" in document:
             uses = await server.uses(selection, AdapterChoice())
-            content = await server.render(uses, lambda: dump_json(dialect.tokenize(document, model, uses)))
+            content = await server.render(uses, lambda: dump_json(dialect.tokenize(document, limits, model, uses)))
         else:
-            content = await server.workers.run(size, lambda: dump_json(dialect.tokenize(document, model, ())))
+            content = await server.workers.run(size, lambda: dump_json(dialect.tokenize(document, limits, model, ())))
         return Response(content, media_type="application/json")
 
     @router.get("/models", responses=responses(error, types.cards))

@@ -35,6 +35,9 @@ from ovms_lora.server.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5
+# Engine and event loop share the interpreter's lock, and who computes gives it up no sooner than this. The default of
+# five milliseconds, each time that a step takes the lock again, would let a flood of requests slow the engine down.
+_SWITCH_SECONDS = 0.0005
 
 
 def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
@@ -45,6 +48,7 @@ def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
     """
     source.read()
     logs.configure(options.log_level)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     with _bind(options.host, options.port) as listener:
         failures: list[OvmsLoraError] = []
         app = build_app(options, source, load, on_failure=failures.append)

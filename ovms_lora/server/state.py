@@ -74,7 +74,9 @@ class ServerState:
             return None
         compiler = selection.served.model.constraints
         kept = compiler.kept(asked.spec)
-        return kept or await self.workers.compile(compiler.compile, asked.spec, param=asked.param)
+        return kept or await self.workers.compile(
+            compiler.compile, asked.spec, param=asked.param, schema_bytes=self.options.limits.schema_bytes
+        )
 
     async def render(self, uses: tuple[AdapterUse, ...], work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `work`, which renders the chat template for these adapters, in a thread."""

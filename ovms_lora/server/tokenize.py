@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ovms_lora.server import inputs, tool_fields
+from ovms_lora.server.bounds import Bound, at_most
 from ovms_lora.server.fields import (
     Field,
     ModelLimits,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ovms_lora.engine.model import LoadedModel
 
 _PADDING_SIDE = "padding_side should be either left or right"
-_TEXT_LIST = {"type": "array", "minItems": 1, "maxItems": inputs.MAX_PROMPTS, "items": {"type": "string"}}
+_TEXT_LIST = {"type": "array", "minItems": 1, "items": {"type": "string"}, **at_most("maxItems", "prompts")}
 
 
 @takes({"anyOf": [{"type": "string"}, _TEXT_LIST]})
@@ -40,14 +41,22 @@ def _texts(value: Any) -> str | list[str]:
         raise ValueError("text should be string or array of strings")
     if not value:
         raise ValueError("text array should not be empty")
-    if len(value) > inputs.MAX_PROMPTS:
-        raise ValueError(f"text array must have no more than {inputs.MAX_PROMPTS} strings")
     return value
+
+
+def _num_texts(value: str | list[str]) -> int:
+    return 1 if isinstance(value, str) else len(value)
 
 
 OVMS = Table(
     (
-        Field("text", _texts, null=False, missing="text field is required"),
+        Field(
+            "text",
+            _texts,
+            Bound("prompts", "text array must have no more than {limit} strings", _num_texts),
+            null=False,
+            missing="text field is required",
+        ),
         Field("add_special_tokens", boolean("add_special_tokens should be boolean"), null=False),
         Field(
             "max_length",
@@ -89,9 +98,11 @@ VLLM = Table(
 )
 
 
-def ovms_tokenize(document: Mapping[str, Any], model: LoadedModel, _: Sequence[AdapterUse]) -> dict[str, Any]:
+def ovms_tokenize(
+    document: Mapping[str, Any], limits: ModelLimits, model: LoadedModel, _: Sequence[AdapterUse]
+) -> dict[str, Any]:
     """Return `{"tokens": …}`: a list for one text, a list of lists for several. Raises InvalidFieldError."""
-    values = OVMS.read(document, ModelLimits())
+    values = OVMS.read(document, limits)
     special, limit = values.get("add_special_tokens", True), values.get("max_length")
 
     def encode(content: str) -> list[int]:
@@ -101,9 +112,11 @@ def ovms_tokenize(document: Mapping[str, Any], model: LoadedModel, _: Sequence[A
     return {"tokens": encode(texts) if isinstance(texts, str) else [encode(content) for content in texts]}
 
 
-def vllm_tokenize(document: Mapping[str, Any], model: LoadedModel, uses: Sequence[AdapterUse]) -> dict[str, Any]:
+def vllm_tokenize(
+    document: Mapping[str, Any], limits: ModelLimits, model: LoadedModel, uses: Sequence[AdapterUse]
+) -> dict[str, Any]:
     """Return count, tokens and the model's length. Raises InvalidFieldError."""
-    values = VLLM.read(document, ModelLimits())
+    values = VLLM.read(document, limits)
     if "messages" in values:
         tokens = list(chat_prompts(values, model, uses)[0].token_ids)
     else:

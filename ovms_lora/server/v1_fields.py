@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from ovms_lora.server import constraints, inputs, tool_fields
+from ovms_lora.server.bounds import Bound, at_most
 from ovms_lora.server.fields import (
     INT64_MAX,
     UINT32_MAX,
     Check,
     Field,
     OnlyWith,
+    Rule,
     Table,
     Together,
     Values,
@@ -35,9 +37,6 @@ from ovms_lora.server.fields import (
 )
 from ovms_lora.server.sampling import SamplingDefaults
 
-MAX_N = 128
-MAX_LOGIT_BIAS = 300
-
 
 def _number(name: str, low: float, high: float) -> Field:
     message = f"{name} must be between {low} and {high}"
@@ -47,6 +46,13 @@ def _number(name: str, low: float, high: float) -> Field:
 def _integer(name: str, low: int, high: int = UINT32_MAX) -> Field:
     message = f"{name} must be between {low} and {high}"
     return Field(name, integer(f"{name} must be an integer"), within(low, high, message))
+
+
+def _answers(name: str) -> Field:
+    """A number of answers."""
+    whole = integer(f"{name} must be an integer")
+    numbers = Rule(whole, {"type": "integer", "minimum": 1, **at_most("maximum", "n")})
+    return Field(name, numbers, Bound("n", f"{name} must be between 1 and {{limit}}", int, least=1))
 
 
 def _boolean(name: str) -> Field:
@@ -65,7 +71,7 @@ def _replaced(name: str) -> Field:
 @takes(
     {
         "type": "object",
-        "maxProperties": MAX_LOGIT_BIAS,
+        **at_most("maxProperties", "logit_bias"),
         "propertyNames": {"pattern": "^[0-9]{1,10}$"},
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     }
@@ -73,8 +79,6 @@ def _replaced(name: str) -> Field:
 def _logit_bias(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         raise ValueError("logit_bias must be an object")
-    if len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(f"logit_bias must have no more than {MAX_LOGIT_BIAS} entries")
     check: Check = number("logit_bias values must be numbers")
     bias: dict[int, float] = {}
     for token, strength in value.items():
@@ -107,10 +111,10 @@ _COMMON = (
     ),
     _number("frequency_penalty", -2, 2),
     _number("presence_penalty", -2, 2),
-    _integer("n", 1, MAX_N),
+    _answers("n"),
     _integer("seed", -INT64_MAX - 1, INT64_MAX),
-    Field("stop", inputs.stop_strings),
-    Field("logit_bias", _logit_bias),
+    Field("stop", inputs.stop_strings, *inputs.STOPS),
+    Field("logit_bias", _logit_bias, Bound("logit_bias", "logit_bias must have no more than {limit} entries")),
     # vLLM's extras
     _integer("top_k", -1),
     _number("min_p", 0, 1),
@@ -137,7 +141,7 @@ _COMMON = (
     Field("structured_outputs", constraints.structured_outputs),
     Field("lora_alphas", inputs.lora_alphas),
     Field("lora", inputs.lora),
-    _integer("best_of", 1, MAX_N),
+    _answers("best_of"),
     # What would change the answer, and cannot yet
     *map(_replaced, ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern")),
     unsupported("bad_words", []),
@@ -150,7 +154,7 @@ _COMMON = (
 )
 
 _COMPLETIONS = (
-    Field("prompt", inputs.prompts, null=False, missing="prompt is missing"),
+    Field("prompt", inputs.prompts, inputs.PROMPTS, null=False, missing="prompt is missing"),
     _integer("logprobs", 0, 20),
     _boolean("echo"),
     unsupported("suffix", ""),
@@ -195,7 +199,9 @@ _COMMON_TOGETHER = (
         lambda v, _: bool(v.get("use_beam_search") and v.get("stream")),
         "Streaming is not currently supported with beam search",
     ),
-    Together("best_of", lambda v, _: v.get("best_of", MAX_N) < v.get("n", 1), "best_of must not be less than n"),
+    Together(
+        "best_of", lambda v, _: "best_of" in v and v["best_of"] < v.get("n", 1), "best_of must not be less than n"
+    ),
     Together(
         "best_of",
         lambda v, _: v.get("best_of", 1) > v.get("n", 1) and bool(v.get("stream")),

@@ -76,7 +76,7 @@ _COMMON = (
     Field("repetition_penalty", number("repetition_penalty is not a valid number")),
     Field("length_penalty", number("length_penalty is not a valid number")),
     Field("seed", integer("seed is not an integer"), within(0, UINT32_MAX, "seed out of range [0, 4294967295]")),
-    Field("stop", inputs.stop_strings),
+    Field("stop", inputs.stop_strings, *inputs.STOPS),
     Field("include_stop_str_in_output", boolean("include_stop_str_in_output accepts values true or false")),
     Field(
         "best_of",
@@ -96,7 +96,7 @@ _COMMON = (
 )
 
 _COMPLETIONS = (
-    Field("prompt", inputs.prompts, null=False, missing="prompt is missing"),
+    Field("prompt", inputs.prompts, inputs.PROMPTS, null=False, missing="prompt is missing"),
     Field("logprobs", integer("logprobs accepts integer values"), within(0, 20, "logprobs out of range [0, 20]")),
     Field("echo", boolean("echo accepts values true or false")),
 )

@@ -54,6 +54,28 @@ async def test_a_body_in_chunks_without_end_is_cut_off() -> None:
         await asyncio.wait_for(sending, 5)
 
 
+@pytest.mark.parametrize("declared", [True, False])
+async def test_who_sends_it_all_before_reading_gets_the_answer(declared: bool) -> None:
+    """A connection that is closed with bytes unread is reset, and then the client's kernel drops the answer."""
+    size = 8_000_000  # more than sockets hold
+    async with listening() as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            body = b"x" * size if declared else chunked(b"x" * size, 100_000)
+            length = b"Content-Length: %d\r\n\r\n" % size if declared else b"Transfer-Encoding: chunked\r\n\r\n"
+            await asyncio.to_thread(client.sendall, HEAD + length + body)
+            answer = await asyncio.to_thread(_read_all, client)
+    assert status(answer) == 413
+    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]
+
+
+def _read_all(client: socket.socket) -> str:
+    client.settimeout(5)
+    received = b""
+    while piece := client.recv(2**16):
+        received += piece
+    return received.decode()
+
+
 async def test_less_than_declared_is_waited_for_no_longer_than_the_deadline() -> None:
     async with listening(limits=Limits(receive_seconds=0.2)) as server:
         begun = time.monotonic()

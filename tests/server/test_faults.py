@@ -14,6 +14,7 @@ from ovms_lora.core.errors import EngineError
 from ovms_lora.server.options import Limits, ServerOptions
 from tests.fakes import FakeRunner
 from tests.server.serving import FakeModels, Served, chunks_of, serving
+from tests.server.wellness import well
 
 pytestmark = pytest.mark.anyio
 
@@ -81,7 +82,7 @@ async def test_a_client_that_leaves_frees_its_sequence(stream: bool) -> None:
         runner=lambda: slow_runner(0.005, begun),
         max_model_len=4000,
     )
-    async with serving(models) as served:
+    async with serving(models) as served, well(served):
         begun.clear()
         client = Client(served, "/v1/completions", model="m", prompt="hello", max_tokens=3000, stream=stream)
         if stream:
@@ -100,7 +101,7 @@ async def test_a_client_that_leaves_frees_its_sequence(stream: bool) -> None:
 
 
 async def test_a_client_that_leaves_while_queued_is_forgotten() -> None:
-    async with serving() as served:
+    async with serving() as served, well(served):
         gate = served.models.runners["m"].gate
         gate.clear()
         client = Client(served, "/v3/completions", model="m", prompt="hello", max_tokens=5, stream=True)
@@ -118,7 +119,7 @@ async def test_a_slow_reader_is_dropped_and_the_others_go_on() -> None:
         runner=lambda: slow_runner(0.002),
         max_model_len=4000,
     )
-    async with serving(models, options=options) as served:
+    async with serving(models, options=options) as served, well(served):
         client = Client(served, "/v1/completions", model="m", prompt="hello", max_tokens=3000, stream=True)
         await client.arrived.wait()
         client.reads.clear()
@@ -156,7 +157,7 @@ async def test_a_failure_in_mid_stream_is_an_event_and_the_end(path: str) -> Non
 
 
 async def test_a_full_queue_answers_429() -> None:
-    async with serving(FakeModels(max_waiting=2)) as served:
+    async with serving(FakeModels(max_waiting=2)) as served, well(served):
         gate = served.models.runners["m"].gate
         gate.clear()
         body = {"model": "m", "prompt": "hello", "max_tokens": 2}
@@ -172,7 +173,7 @@ async def test_a_full_queue_answers_429() -> None:
 
 
 async def test_a_call_of_several_prompts_is_refused_whole() -> None:
-    async with serving(FakeModels(max_waiting=2)) as served:
+    async with serving(FakeModels(max_waiting=2)) as served, well(served):
         gate = served.models.runners["m"].gate
         gate.clear()
         response = await served.post("/v3/completions", model="m", prompt=["a"] * 8, max_tokens=2)

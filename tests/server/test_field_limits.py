@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -22,6 +22,10 @@ BODY = {"model": "m", "prompt": "hi", "max_tokens": 1}
 def schema_of_size(size: int) -> dict[str, Any]:
     empty = len(json.dumps({"type": "integer", "description": ""}))
     return {"type": "integer", "description": "x" * (size - empty)}
+
+
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
 
 
 FIELDS: list[tuple[str, str, int, Callable[[int], Any]]] = [
@@ -60,10 +64,57 @@ async def test_logit_bias_ends_at_300_entries(shared: Served, more: int) -> None
 async def test_schemas_end_at_their_size(shared: Served, more: int) -> None:
     schema = schema_of_size(MAX_SCHEMA_BYTES + more)
     for path in ("/v1/completions", "/v3/completions"):
-        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
-        response = await shared.post(path, **BODY, response_format=form)
+        response = await shared.post(path, **BODY, response_format=schema_format(schema))
         # Its one long string is refused too, but by another bound.
         assert (f"larger than {MAX_SCHEMA_BYTES} bytes" in response.text) == (more > 0), response.text[:300]
+
+
+CHANGED = Limits(prompts=3, n=2, stop_strings=2, stop_characters=5, logit_bias=2, schema_bytes=200)
+
+
+@pytest.fixture(scope="module")
+async def changed() -> AsyncIterator[Served]:
+    async with serving(options=ServerOptions(poll_seconds=0, limits=CHANGED)) as served:
+        yield served
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize(
+    ("path", "field", "limit", "value"),
+    [
+        ("/v1/completions", "prompt", 3, lambda count: ["a"] * count),
+        ("/v3/completions", "prompt", 3, lambda count: ["a"] * count),
+        ("/v3/tokenize", "text", 3, lambda count: ["a"] * count),
+        ("/v1/completions", "n", 2, lambda count: count),
+        ("/v1/completions", "best_of", 2, lambda count: count),
+        ("/v1/completions", "stop", 2, lambda count: ["x"] * count),
+        ("/v3/completions", "stop", 5, lambda length: ["x", "y" * length]),
+        ("/v1/completions", "logit_bias", 2, lambda count: {str(token): 1 for token in range(count)}),
+        ("/v1/completions", "structured_outputs", 200, lambda size: {"json": schema_of_size(size)}),
+        ("/v3/completions", "response_format", 200, lambda size: schema_format(schema_of_size(size))),
+    ],
+)
+async def test_limits_of_fields_can_be_changed(
+    changed: Served, path: str, field: str, limit: int, value: Callable[[int], Any], more: int
+) -> None:
+    body = {**BODY, "prompt": "hi"} if "completions" in path else {"model": "m"}
+    response = await changed.post(path, **{**body, field: value(limit + more)})
+    assert response.status_code == (400 if more > 0 else 200), response.text
+    assert more <= 0 or str(limit) in response.text
+
+
+async def test_the_description_has_the_limits_of_the_server(changed: Served, shared: Served) -> None:
+    for served, limits in ((changed, CHANGED), (shared, Limits())):
+        paths = (await served.client.get("/openapi.json")).json()["paths"]
+        body = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        fields = {name: schema["anyOf"][0] for name, schema in body["properties"].items() if "anyOf" in schema}
+        assert fields["n"] == {"type": "integer", "minimum": 1, "maximum": limits.n}
+        assert fields["logit_bias"]["maxProperties"] == limits.logit_bias
+        assert "x-limit" not in json.dumps(paths)
+
+
+def test_the_compiler_has_the_same_bound() -> None:
+    assert Limits().schema_bytes == MAX_SCHEMA_BYTES
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])

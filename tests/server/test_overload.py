@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from bench.overload import CONNECTIONS, Ask, asker, measure, open_loop, quantile
+from bench.keep_alive import KeepAlive
+from bench.overload import Ask, asker, measure, open_loop, quantile
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.server.keys import ApiKey, digest_of
 from ovms_lora.server.options import Limits, ServerOptions
 from ovms_lora.server.tenants import Tenant
 from tests.fakes import FakeRunner
 from tests.server.process import one_model
-from tests.server.raw import Listening, listening
+from tests.server.raw import listening
 from tests.server.serving import FakeModels, write_lora_config
 
 pytestmark = pytest.mark.anyio
 
+PATH = "/v1/completions"
 STEP = 0.04
 KEYS = tuple(ApiKey(digest_of(name), Tenant(name, None, 0.5)) for name in ("flood", "calm"))
 
@@ -38,23 +38,21 @@ def models() -> FakeModels:
     )
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=30, limits=CONNECTIONS) as client:
-        yield client
+def connected(port: int) -> KeepAlive:
+    return KeepAlive("127.0.0.1", port, seconds=30)
 
 
-def ask_of(client: httpx.AsyncClient, server: Listening, key: str | None = None, **body: Any) -> Ask:
+def ask_of(client: KeepAlive, key: str | None = None, **body: Any) -> Ask:
     body = {"model": "m", "prompt": "hi", "max_tokens": 4, "ignore_eos": True, **body}
-    return asker(client, f"http://127.0.0.1:{server.port}/v1/completions", body, key)
+    return asker(client, PATH, body, key)
 
 
-async def test_ten_times_the_capacity(client: httpx.AsyncClient) -> None:
+async def test_ten_times_the_capacity() -> None:
     flags = ("--limit", "waiting_requests=32", "--limit", "request_seconds=8")
     with one_model(*flags, STEP_SECONDS="0.08", MAX_NUM_SEQS="4") as process:
         body = {"model": "m", "prompt": "hi", "max_tokens": 4, "ignore_eos": True}
-        ask = asker(client, f"{process.url}/v1/completions", body)
-        report = await measure(ask, clients=16, factor=10, seconds=4)
+        async with connected(int(process.url.rsplit(":", 1)[1])) as client:
+            report = await measure(asker(client, PATH, body), clients=16, factor=10, seconds=4)
     assert report.failed == report.without_retry_after == 0
     assert report.refused > report.accepted > 0
     assert report.refusal_p50 < 0.05
@@ -82,18 +80,18 @@ async def p99_under(flood: Ask, calm: Ask, *, rate: float) -> tuple[float, float
     return alone, beside
 
 
-async def test_a_flooding_tenant_leaves_the_other_its_latency(client: httpx.AsyncClient) -> None:
+async def test_a_flooding_tenant_leaves_the_other_its_latency() -> None:
     options = ServerOptions(poll_seconds=0, api_keys=KEYS, limits=Limits(waiting_requests=64))
-    async with listening(models(), options=options) as server:
-        flood, calm = (ask_of(client, server, key) for key in ("flood", "calm"))
+    async with listening(models(), options=options) as server, connected(server.port) as client:
+        flood, calm = (ask_of(client, key) for key in ("flood", "calm"))
         alone, beside = await p99_under(flood, calm, rate=100)
     assert beside <= 3 * alone
 
 
-async def test_a_flooding_adapter_leaves_the_other_its_latency(client: httpx.AsyncClient, tmp_path: Path) -> None:
+async def test_a_flooding_adapter_leaves_the_other_its_latency(tmp_path: Path) -> None:
     limits = Limits(waiting_requests=256)
     source = write_lora_config(tmp_path)
-    async with listening(models(), limits=limits, source=source) as server:
-        flood, calm = (ask_of(client, server, model=alias) for alias in ("sql", "tools"))
+    async with listening(models(), limits=limits, source=source) as server, connected(server.port) as client:
+        flood, calm = (ask_of(client, model=alias) for alias in ("sql", "tools"))
         alone, beside = await p99_under(flood, calm, rate=60)
     assert beside <= 3 * alone
