@@ -24,8 +24,8 @@ Array = npt.NDArray[Any]
 
 _STEPS: dict[str, Callable[..., Array]] = {
     "Convert": lambda _, values: values,
-    "Subtract": lambda _, values, zero_points: values - zero_points,
-    "Multiply": lambda _, values, scales: values * scales,
+    "Subtract": lambda _, values, zero_points: np.subtract(values, zero_points, out=values),
+    "Multiply": lambda _, values, scales: np.multiply(values, scales, out=values),
     "Reshape": lambda output, values, _: values.reshape(tuple(output.get_shape())),
 }
 
@@ -45,7 +45,7 @@ def unpack_weights(model: ov.Model) -> None:
         if node.get_type_name() == "MatMul" and _holds_integers(node.input_value(1)):
             values = _values(node.input_value(1))
             if values is not None:
-                node.input(1).replace_source_output(ops.constant(values.astype(np.float32)).output(0))
+                node.input(1).replace_source_output(ops.constant(values, shared_memory=True).output(0))
 
 
 def _holds_integers(weight: ov.Output) -> bool:
@@ -57,7 +57,7 @@ def _holds_integers(weight: ov.Output) -> bool:
 
 
 def _values(output: ov.Output) -> Array | None:
-    """Return what a chain of decompression gives, computed in float32; None for an operation not known here."""
+    """Return what a chain of decompression gives, in a new float32 array; None for an operation not known here."""
     node = output.get_node()
     kind = node.get_type_name()
     if kind == "Constant":
