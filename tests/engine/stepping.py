@@ -35,9 +35,9 @@ class ContextRunner(FakeRunner):
 
     def _write(self, chunk: Chunk) -> None:
         sequence, size = chunk.sequence, self.block_size
-        for position in range(chunk.start, chunk.start + chunk.count):
+        for position, token in enumerate(chunk.token_ids, start=chunk.start):
             before = self._read(chunk, position)[-1:] or sequence.request.adapters
-            value = zlib.crc32(repr((before, sequence.token_ids[position])).encode())
+            value = zlib.crc32(repr((before, token)).encode())
             self._cache[sequence.blocks[position // size], position % size] = value
 
 
