@@ -16,7 +16,10 @@ from ovms_lora.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens that may come next. Drafts of one `kind` prove right about equally often."""
+    """Tokens that may come next. Drafts of one `kind` prove right about equally often, those of a higher one oftener.
+
+    A drafter that does not know how sure it is has only the kind 0.
+    """
 
     token_ids: tuple[int, ...]
     kind: int = 0

@@ -21,11 +21,12 @@ from ovms_lora.engine.sequence import Sequence
 TokenArray = npt.NDArray[np.int32]
 
 _LEAST_ROOM = 256
-_LONGEST = 16  # tokens that are looked up at most: what is found with so many is as sure as can be
+_LONGEST = 16  # tokens that are looked up at most
+_SUREST = 8  # more tokens that are the same say nothing more
 
 
 class PromptLookup:
-    """A Drafter. The kind of a draft is how many tokens were found again: the more, the surer it is."""
+    """A Drafter. The kind of a draft is how many tokens before it are the same in both places."""
 
     free = True
     seconds_per_token = 0.0
@@ -90,6 +91,9 @@ def look_up(tokens: TokenArray, count: int, shortest: int, longest: int) -> Draf
     if matched < shortest:
         return None
     begin = int(places[-1]) + 1
+    same = matched
+    while same < min(_SUREST, begin) and tokens[begin - 1 - same] == tokens[-1 - same]:
+        same += 1
     repeated = tokens[begin : begin + count].tolist()
     period = len(repeated)
-    return Draft(tuple(repeated[at % period] for at in range(count)), matched)
+    return Draft(tuple(repeated[at % period] for at in range(count)), same)

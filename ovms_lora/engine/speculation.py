@@ -24,9 +24,8 @@ from ovms_lora.engine.step_cost import StepCost
 
 log = logging.getLogger(__name__)
 
-_FIRST_RATE = 0.5
 _WEIGHT = 0.2  # of one token in the rates of its sequence
-_TYPICAL_WEIGHT = 0.02  # and in those that a new sequence begins with
+_TYPICAL_WEIGHT = 0.05  # and in those that a new sequence begins with
 _LONGEST_PAUSE = 64  # steps
 _CONFIDENT_TOKENS = 16  # at most, where a request bounds a draft by confidence and not by number
 _MOST_TOKENS = 32  # of a draft, whatever is asked for: all who run wait for it to be written
@@ -157,7 +156,8 @@ class _Pace:
         outcomes = [1.0] * right + [0.0] * (right < min(len(come), len(draft.token_ids)))
         for outcome in outcomes:
             self._rates[draft.kind] = _towards(self._rate(draft.kind), outcome, _WEIGHT)
-            self._typical[draft.kind] = _towards(self._typical.get(draft.kind, _FIRST_RATE), outcome, _TYPICAL_WEIGHT)
+            typical = self._typical.get(draft.kind, _first_rate(draft.kind))
+            self._typical[draft.kind] = _towards(typical, outcome, _TYPICAL_WEIGHT)
         if right:
             self._pause = 1
 
@@ -178,7 +178,12 @@ class _Pace:
         return min(limit, 1)
 
     def _rate(self, kind: int) -> float:
-        return self._rates.get(kind, self._typical.get(kind, _FIRST_RATE))
+        return self._rates.get(kind, self._typical.get(kind, _first_rate(kind)))
+
+
+def _first_rate(kind: int) -> float:
+    """Return how often a token of a draft is taken to be right before anything is known."""
+    return kind / (kind + 1.5) if kind else 0.6
 
 
 def _towards(rate: float, outcome: float, weight: float) -> float:

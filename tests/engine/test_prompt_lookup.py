@@ -25,7 +25,10 @@ def plainly(tokens: list[int], count: int, shortest: int, longest: int) -> Draft
                 text = list(tokens)
                 for _ in range(count):
                     text.append(text[end + len(text) - len(tokens)])
-                return Draft(tuple(text[len(tokens) :]), size)
+                same = size
+                while same < min(8, end) and tokens[end - 1 - same] == tokens[-1 - same]:
+                    same += 1
+                return Draft(tuple(text[len(tokens) :]), same)
     return None
 
 
