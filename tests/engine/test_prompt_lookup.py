@@ -52,7 +52,7 @@ def test_a_text_that_grows_is_looked_up_as_a_whole(tokens: list[int], pieces: li
 def test_a_request_says_how_much_is_looked_up() -> None:
     request = GenerationRequest("r", (1, 2, 3, 4, 9, 8, 3, 4, 7, 2, 3, 4), SamplingParams())
     lookup = PromptLookup(SpeculationOptions(max_ngram_size=1))
-    for asked, kind, following in ((None, 1, 7), (2, 2, 7), (3, 3, 9), (10**9, 3, 9)):
+    for asked, kind, following in ((None, 2, 7), (2, 2, 7), (3, 3, 9), (10**9, 3, 9)):
         asking = replace(request, assistance=Assistance(max_ngram_size=asked))
         sequence = Sequence(asking, 0)
         assert lookup.draft({sequence: 1}) == {sequence: Draft((following,), kind)}

@@ -259,7 +259,7 @@ def lengths(right: list[bool], *, price: float, free: bool = True) -> list[int]:
 
 
 def test_drafts_that_prove_right_become_longer_and_wrong_ones_shorter() -> None:
-    found = lengths([True] * 8 + [False] * 12, price=0.3)
+    found = lengths([True] * 8 + [False] * 12, price=0.5)
     assert found[0] == 1
     assert found[7] == 5
     assert found[-1] == 0
