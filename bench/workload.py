@@ -26,6 +26,7 @@ from ovms_lora.adapters.adapter import BaseLinears
 from ovms_lora.core.config import EngineOptions, LoraOptions
 from ovms_lora.core.request import AdapterUse, GenerationRequest, SequenceOutput
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.core.speculation import SpeculationOptions
 from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.lora_config import AdapterSpec, LoraConfig
 from ovms_lora.engine.model import LoadedModel, load_model
@@ -59,7 +60,14 @@ def base_linears(model: Path) -> BaseLinears:
 class Server:
     """One engine in this process, asked directly."""
 
-    def __init__(self, model: Path, adapters: Mapping[str, Path] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        adapters: Mapping[str, Path] | None = None,
+        *,
+        speculation: SpeculationOptions | None = None,
+        **options: Any,
+    ) -> None:
         self._waiting: dict[str, int] = {}
         self._tokens = 0
         self._done = threading.Condition()
@@ -67,7 +75,8 @@ class Server:
         if adapters is not None:
             specs = tuple(AdapterSpec(alias, folder) for alias, folder in adapters.items())
             config = LoraConfig(LoraOptions(**options), adapters=specs)
-        self.model: LoadedModel = load_model(model, deliver=self._deliver, lora=config)
+        overrides = {"speculation": speculation} if speculation else {}
+        self.model: LoadedModel = load_model(model, deliver=self._deliver, lora=config, overrides=overrides)
 
     def use(self, alias: str) -> tuple[AdapterUse, ...]:
         """Return what a request of this adapter carries."""
@@ -83,6 +92,10 @@ class Server:
             GenerationRequest(f"bench-{next(_NUMBERS)}", tuple(prompt), sampling, use)
             for prompt, use in zip(prompts, uses, strict=True)
         ]
+        return self.answer(requests)
+
+    def answer(self, requests: Sequence[GenerationRequest]) -> tuple[int, float]:
+        """Answer all requests at once; return generated tokens and seconds."""
         with self._done:
             self._tokens = 0
             self._waiting = {request.request_id: 1 for request in requests}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,6 +24,7 @@ from ovms_lora.core.config import ServerConfig
 from ovms_lora.core.errors import EngineError, QueueFullError
 from ovms_lora.engine.engine import EngineStats
 from ovms_lora.engine.lora_config import AdapterCard, LoraConfig
+from ovms_lora.engine.speculation import SpeculationStats
 from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import build_parser
 from ovms_lora.server.limit_flags import MEANINGS
@@ -135,7 +136,8 @@ class _Models:
     """A registry of one model with one adapter, whose engine has done nothing."""
 
     def __init__(self) -> None:
-        stats = EngineStats(**dict.fromkeys((field.name for field in fields(EngineStats)), 0))
+        counts: dict[str, Any] = dict.fromkeys((field.name for field in fields(EngineStats)), 0)
+        stats = EngineStats(**counts | {"speculation": SpeculationStats()})
         model = SimpleNamespace(
             engine=SimpleNamespace(stats=lambda: stats),
             lora=SimpleNamespace(cards=lambda: [AdapterCard("sql", "loras/sql")]),

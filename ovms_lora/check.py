@@ -13,6 +13,7 @@ from ovms_lora.adapters.adapter import BaseLinears, inspect_adapter, load_adapte
 from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError, UsageError
 from ovms_lora.engine.adapter_templates import AdapterTemplates
 from ovms_lora.engine.chat import ChatTemplate
+from ovms_lora.engine.draft_folder import check_draft_vocabulary
 from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.model import read_generation_defaults, read_max_model_len, read_options
 from ovms_lora.engine.paged_graph import IR_NAME
@@ -70,7 +71,9 @@ def _check_adapters(spec: ModelSpec, linears: BaseLinears) -> Iterator[str]:
 def _check_model(folder: Path, graph_path: str | None = None) -> tuple[str, BaseLinears]:
     """Return a summary of a model folder, and its linear layers. Raises ModelFolderError."""
     inner, options = read_options(folder, graph_path)
-    Tokenizer.from_folder(inner)
+    tokenizer = Tokenizer.from_folder(inner)
+    if options.speculation and not options.speculation.looks_up:
+        check_draft_vocabulary(Path(options.speculation.draft_models_path), tokenizer)
     template = ChatTemplate.from_folder(inner)
     read_generation_defaults(inner, options.generation_config_path)
     length = read_max_model_len(inner)

@@ -19,6 +19,7 @@ from ovms_lora.core.errors import ConfigError, OvmsLoraError, UsageError
 from ovms_lora.core.flags import FlagParser
 
 if TYPE_CHECKING:
+    from ovms_lora.core.speculation import SpeculationOptions
     from ovms_lora.server.keys import ApiKey
     from ovms_lora.server.model_source import LoraDefaults, LoraModule, ModelSource
     from ovms_lora.server.options import ServerOptions
@@ -71,6 +72,12 @@ def _serve_parser() -> FlagParser:
     parser.add("model_path", type=Path, metavar="DIR", help="folder of the one model to serve")
     parser.add("model_name", metavar="NAME", help="name of the one model (default: the folder's name)")
     parser.add("plugin_config", metavar="JSON", help="OpenVINO properties for the one model")
+    parser.add(
+        "speculative_config",
+        metavar="JSON",
+        help='guess ahead with the one model: {"method": "ngram", "num_speculative_tokens": N, "prompt_lookup_max": N} '
+        'or {"model": DIR, "num_speculative_tokens": N}',
+    )
     parser.add("rest_port", type=_port, default=8000, metavar="PORT", help="default 8000; 0 takes any free port")
     parser.add("rest_bind_address", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1")
     parser.add(
@@ -219,15 +226,26 @@ def _model_source(arguments: argparse.Namespace) -> ModelSource:
             hint="ovms-lora serve --config_path models/config.json --rest_port 8000",
         )
     if arguments.config_path:
-        if arguments.model_name or arguments.plugin_config:
-            raise UsageError("--model_name and --plugin_config go with --model_path only")
+        if arguments.model_name or arguments.plugin_config or arguments.speculative_config:
+            raise UsageError("--model_name, --plugin_config and --speculative_config go with --model_path only")
         return ConfigFile(arguments.config_path, _lora_defaults(arguments))
     name = arguments.model_name or arguments.model_path.absolute().name
     lora = _lora_defaults(arguments)
     if not lora.enable and (lora.modules or lora.loading_path or lora.options or arguments.allow_runtime_lora_updating):
         raise UsageError("flags of runtime adapters are given without --enable-lora", hint="add --enable-lora")
     plugin_config = _json_object("--plugin_config", arguments.plugin_config)
-    return SingleModel(name, arguments.model_path, plugin_config, lora)
+    return SingleModel(name, arguments.model_path, plugin_config, lora, _speculation(arguments.speculative_config))
+
+
+def _speculation(text: str | None) -> SpeculationOptions | None:
+    from ovms_lora.core.speculation import parse_speculative_config
+
+    if text is None:
+        return None
+    try:
+        return parse_speculative_config(_json_object("--speculative_config", text))
+    except ConfigError as error:
+        raise UsageError(f"--speculative_config: {error.message}", hint=error.hint) from error
 
 
 def _lora_defaults(arguments: argparse.Namespace) -> LoraDefaults:

@@ -19,9 +19,10 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import ValidationError
 
 from ovms_lora.core.config import LoraOptions
-from ovms_lora.core.errors import ArgumentError, InvalidFieldError, UnavailableError
+from ovms_lora.core.errors import ArgumentError, ConfigError, InvalidFieldError, UnavailableError
 from ovms_lora.core.request import AdapterUse, GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.core.speculation import SpeculationOptions, parse_speculative_config
 from ovms_lora.engine.lora_config import LoraConfig
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel, load_model
 from ovms_lora.offline.adapters import RequestedAdapters
@@ -61,6 +62,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         cache_size: int | None = None,
         plugin_config: Mapping[str, Any] | None = None,
+        speculative_config: Mapping[str, Any] | None = None,
         device: str | None = None,
     ) -> None:
         """Load a model folder; takes seconds.
@@ -68,13 +70,16 @@ class LLM:
         With `enable_lora` prompts may ask for adapters: at most `max_loras` of them, of rank `max_lora_rank` or less,
         stand in the graph at a time, and `max_cpu_loras` in memory. What is None is as the folder's graph.pbtxt says;
         `plugin_config` (OpenVINO properties) is laid over what it says. `cache_size` is the KV cache in GB, 0 sizes it
-        from free memory. Raises ArgumentError, a ValueError, or ModelFolderError when the folder cannot be served.
+        from free memory. `speculative_config` lets it guess ahead, as vLLM's of the methods `ngram` and `draft_model`:
+        it changes the speed and no answer. Raises ArgumentError, a ValueError, or ModelFolderError when the folder
+        cannot be served.
         """
         overrides = {
             "enable_prefix_caching": enable_prefix_caching,
             "max_num_seqs": _at_least(1, "max_num_seqs", max_num_seqs),
             "max_num_batched_tokens": _at_least(1, "max_num_batched_tokens", max_num_batched_tokens),
             "cache_size": _at_least(0, "cache_size", cache_size),
+            "speculation": None if speculative_config is None else _speculation(speculative_config),
         }
         lora = _lora_config(
             max_loras=max_loras,
@@ -233,6 +238,13 @@ def _lora_config(**options: Any) -> LoraConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ArgumentError(f"{first['loc'][0]}: {first['msg']}") from error
+
+
+def _speculation(config: Mapping[str, Any]) -> SpeculationOptions:
+    try:
+        return parse_speculative_config(config)
+    except ConfigError as error:
+        raise ArgumentError(f"speculative_config: {error.message}", hint=error.hint) from error
 
 
 def _at_least(lowest: int, name: str, value: int | None) -> int | None:

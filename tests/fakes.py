@@ -102,9 +102,9 @@ class FakeRunner:
 
     def _write(self, chunk: Chunk) -> None:
         sequence = chunk.sequence
-        for position in range(chunk.start, chunk.start + chunk.count):
+        for position, token in enumerate(chunk.token_ids, start=chunk.start):
             block = sequence.blocks[position // self.block_size]
-            self._cache[block, position % self.block_size] = sequence.token_ids[position]
+            self._cache[block, position % self.block_size] = token
 
     def _read(self, chunk: Chunk, length: int) -> list[int]:
         table = chunk.sequence.blocks

@@ -82,6 +82,7 @@ def test_the_package_loads_nothing_until_a_name_is_used() -> None:
         ("max_num_batched_tokens", None),
         ("cache_size", None),
         ("plugin_config", None),
+        ("speculative_config", None),
         ("device", None),
     ],
 )
@@ -98,12 +99,23 @@ def test_the_settings_of_an_llm_have_their_defaults(name: str, default: Any) -> 
         ({"total_rank": -1}, "total_rank: "),
         ({"max_num_seqs": 0}, "max_num_seqs must be a whole number of at least 1, got 0"),
         ({"max_num_batched_tokens": 2.5}, "max_num_batched_tokens must be a whole number of at least 1, got 2.5"),
+        ({"speculative_config": {"method": "ngram"}}, "speculative_config: num_speculative_tokens: is missing"),
         ({"cache_size": -1}, "cache_size must be a whole number of at least 0, got -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_value_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         LLM("a-model", enable_lora=True, **settings)
+
+
+def test_an_llm_that_guesses_ahead_answers_the_same() -> None:
+    config = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    sampling = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    texts = []
+    for guessing in (None, config):
+        with fake_llm(speculative_config=guessing) as llm:
+            texts.append([answer.outputs[0].text for answer in llm.generate(["one", "two"], sampling)])
+    assert texts[0] == texts[1]
 
 
 def test_an_unknown_setting_is_a_type_error_that_names_it() -> None:

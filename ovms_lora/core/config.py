@@ -18,6 +18,7 @@ from ovms_lora.core.errors import ConfigError
 from ovms_lora.core.names import check_alias, check_model_name
 from ovms_lora.core.ovms_keys import OvmsKeys
 from ovms_lora.core.plain_file import read_text
+from ovms_lora.core.speculation import SpeculationOptions
 from ovms_lora.core.strength import MAX_STRENGTH
 from ovms_lora.core.strict_model import LocalPath, StrictModel, checked, refusal, unique_keys
 
@@ -28,6 +29,7 @@ class EngineOptions:
 
     `cache_size` is the KV cache in GB; 0 sizes it from free memory. `max_tokens_limit` None is the model's length.
     `generation_config_path` is absolute or relative to the model's folder; empty is the file in that folder.
+    `speculation` None guesses no tokens.
     """
 
     device: str = "CPU"
@@ -43,6 +45,7 @@ class EngineOptions:
     reasoning_parser: str = ""
     enable_tool_guided_generation: bool = False
     generation_config_path: str = ""
+    speculation: SpeculationOptions | None = None
 
 
 Alias = Annotated[str, checked(check_alias)]

@@ -16,16 +16,18 @@ from google.protobuf.message import Message
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_messages import GRAPH, LLM_OPTIONS, SYNC_SET_EXTENSION, message_pool, new_message
+from ovms_lora.core.speculation import SpeculationOptions, take_prompt_lookup
 
 CALCULATOR: Final = "HttpLLMCalculator"
 _OPTIONS_URL: Final = f"type.googleapis.com/{LLM_OPTIONS}"
 # Ways of OVMS to compute the same answers faster, or nearly the same with less memory; here they are computed exactly.
 _WITHOUT_EFFECT: Final = (
-    *("draft_models_path", "pipeline_type", "cache_eviction_config", "sparse_attention_config"),
+    *("pipeline_type", "cache_eviction_config", "sparse_attention_config"),
     *("cache_interval_multiplier", "chat_template_mode", "block_size"),
+    *("draft_max_num_batched_tokens", "draft_block_size", "draft_max_num_seqs", "draft_dynamic_split_fuse"),
 )
-# Of the same kind, and no properties of a device although they stand among these.
-_PIPELINE_PROPERTIES: Final = ("prompt_lookup", "ATTENTION_BACKEND")
+# Of the same kind, and no property of a device although it stands among these.
+_PIPELINE_PROPERTIES: Final = ("ATTENTION_BACKEND",)
 _JSON_HINT: Final = """write it like plugin_config: '{"KV_CACHE_PRECISION": "u8"}'"""
 _HINT: Final = "compare it with the graph.pbtxt that export_model.py writes"
 
@@ -43,7 +45,10 @@ class Graph:
 
 
 def render_graph(options: EngineOptions, *, models_path: str = "./") -> str:
-    """Return the text of a graph.pbtxt that OVMS and this server accept."""
+    """Return the text of a graph.pbtxt that OVMS and this server accept.
+
+    Of `speculation` it holds which method it is; OVMS has the numbers in requests.
+    """
     pool = message_pool()
     graph = new_message(GRAPH)
     graph.input_stream.append("HTTP_REQUEST_PAYLOAD:input")
@@ -62,6 +67,9 @@ def render_graph(options: EngineOptions, *, models_path: str = "./") -> str:
 
 
 def _options_message(options: EngineOptions, models_path: str) -> Message:
+    speculation, properties = options.speculation, dict(options.plugin_config)
+    if speculation and speculation.looks_up:
+        properties["prompt_lookup"] = True
     message = new_message(
         LLM_OPTIONS,
         models_path=models_path,
@@ -71,7 +79,7 @@ def _options_message(options: EngineOptions, models_path: str) -> Message:
         max_num_batched_tokens=options.max_num_batched_tokens,
         dynamic_split_fuse=options.dynamic_split_fuse,
         enable_prefix_caching=options.enable_prefix_caching,
-        plugin_config=json.dumps(options.plugin_config) if options.plugin_config else "",
+        plugin_config=json.dumps(properties) if properties else "",
         best_of_limit=options.best_of_limit,
     )
     if options.device.startswith("HETERO"):
@@ -85,6 +93,10 @@ def _options_message(options: EngineOptions, models_path: str) -> Message:
         message.reasoning_parser = options.reasoning_parser
     if options.enable_tool_guided_generation:
         message.enable_tool_guided_generation = True
+    if speculation and not speculation.looks_up:
+        message.draft_models_path = speculation.draft_models_path
+        message.draft_device = speculation.draft_device
+        message.draft_cache_size = speculation.draft_cache_size
     if options.generation_config_path:
         message.generation_config_path = options.generation_config_path
     return message  # type: ignore[no-any-return]  # the class is made at run time
@@ -115,8 +127,25 @@ def parse_graph(text: str) -> Graph:
         raise ModelFolderError("graph.pbtxt has no models_path", hint='"./" is the folder of graph.pbtxt itself')
     properties = _plugin_config(message.plugin_config)
     ignored = [name for name in _WITHOUT_EFFECT if message.HasField(name)]
+    if message.draft_eagle3_mode:
+        ignored += ["draft_models_path", "draft_eagle3_mode"]  # its draft is no language model by itself
     ignored += [name for name in _PIPELINE_PROPERTIES if properties.pop(name, None) is not None]
     return Graph(message.models_path, _engine_options(message, properties), tuple(ignored))
+
+
+def _speculation(message: Any, plugin_config: dict[str, Any]) -> SpeculationOptions | None:
+    looks_up = take_prompt_lookup(plugin_config)
+    path = "" if message.draft_eagle3_mode else message.draft_models_path
+    if not path:
+        return SpeculationOptions() if looks_up else None
+    if looks_up:
+        raise ModelFolderError(
+            "graph.pbtxt asks for prompt_lookup and for a draft model",
+            hint="remove one of prompt_lookup and draft_models_path",
+        )
+    return SpeculationOptions(
+        draft_models_path=path, draft_device=message.draft_device, draft_cache_size=message.draft_cache_size
+    )
 
 
 def _engine_options(message: Any, plugin_config: dict[str, Any]) -> EngineOptions:
@@ -126,6 +155,7 @@ def _engine_options(message: Any, plugin_config: dict[str, Any]) -> EngineOption
     for name in ("max_num_seqs", "max_num_batched_tokens", "best_of_limit"):
         if getattr(message, name) < 1:
             raise ModelFolderError(f"graph.pbtxt: {name} must be at least 1", hint="remove it for OVMS's default")
+    speculation = _speculation(message, plugin_config)
     return EngineOptions(
         device=message.device or "CPU",
         plugin_config=plugin_config,
@@ -140,6 +170,7 @@ def _engine_options(message: Any, plugin_config: dict[str, Any]) -> EngineOption
         reasoning_parser=message.reasoning_parser,
         enable_tool_guided_generation=message.enable_tool_guided_generation,
         generation_config_path=message.generation_config_path,
+        speculation=speculation,
     )
 
 

@@ -6,7 +6,7 @@ before the engine sees them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from ovms_lora.core.chat_template import TemplateSource
 from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.errors import OvmsLoraError
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.core.speculation import Assistance
 
 
 class HostAdapter(Protocol):
@@ -55,7 +56,7 @@ class GenerationRequest:
     `adapters` empty is the plain base model; several are summed: Σ αᵢ·scalingᵢ·BᵢAᵢ. `cache_salt` keeps the prefix
     blocks of different owners apart. `deadline` is in seconds of the engine's clock. `constraint` is what each of its
     sequences must match. Owners take turns, and `queue_share`, 0 … 1, is how much of the queue may hold requests of
-    this `owner`.
+    this `owner`. `assistance` says how its next tokens are guessed, where the model guesses at all.
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class GenerationRequest:
     constraint: TokenConstraint | None = None
     owner: str = ""
     queue_share: float = 1.0
+    assistance: Assistance = field(default_factory=Assistance)
 
 
 class FinishReason(StrEnum):
@@ -115,3 +117,14 @@ class SequenceOutput:
     def finished(self) -> bool:
         """Whether nothing follows for this sequence."""
         return self.finish_reason is not None or self.error is not None
+
+    def then(self, later: SequenceOutput) -> SequenceOutput:
+        """Return this and what came after it as one output."""
+        prompt_logprobs = self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs
+        return replace(
+            later,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )

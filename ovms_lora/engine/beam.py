@@ -153,7 +153,7 @@ class BeamSearch:
         brought = self._output.token(child, sampled)
         if brought.finished:
             self._output.drop(child)
-        return _Beam(child, float(candidates.scores[place]), _joined(parent.answer, brought))
+        return _Beam(child, float(candidates.scores[place]), parent.answer.then(brought))
 
     def _keep_result(self, beam: _Beam) -> None:
         self._results.append(_Result(self._normalised(beam), beam.answer))
@@ -193,15 +193,3 @@ def _for_client(row: FloatArray, tokens: IntArray, top: int) -> list[TokenLogpro
         return []
     first = token_logprob(row, int(tokens[0]), top)
     return [TokenLogprob(int(t), first.logprob + float(row[t]) - float(row[tokens[0]]), first.top) for t in tokens]
-
-
-def _joined(before: SequenceOutput, brought: SequenceOutput) -> SequenceOutput:
-    """Return all that a beam has brought as one output."""
-    prompt_logprobs = before.prompt_logprobs if brought.prompt_logprobs is None else brought.prompt_logprobs
-    return replace(
-        brought,
-        text=before.text + brought.text,
-        token_ids=before.token_ids + brought.token_ids,
-        logprobs=before.logprobs + brought.logprobs,
-        prompt_logprobs=prompt_logprobs,
-    )

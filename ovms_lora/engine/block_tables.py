@@ -70,6 +70,21 @@ class BlockTables:
             sequence.blocks[place] = new.pop(0)
         sequence.blocks += new
 
+    def extend(self, sequence: Sequence, count: int) -> int:
+        """Make room for up to `count` tokens after a sequence's own, as far as blocks are free; return for how many."""
+        size = self.pool.block_size
+        room = (len(sequence.blocks) + self.pool.num_free) * size - sequence.num_tokens
+        count = min(count, room)
+        missing = self.pool.blocks_for(sequence.num_tokens + count) - len(sequence.blocks)
+        sequence.blocks += self.pool.allocate(max(missing, 0))
+        return count
+
+    def trim(self, sequence: Sequence) -> None:
+        """Take the blocks in which none of a sequence's tokens stands or will stand next."""
+        needed = self.pool.blocks_for(sequence.num_tokens)
+        self.pool.release(sequence.blocks[needed:])
+        del sequence.blocks[needed:]
+
     def share(self, fork: Fork) -> None:
         """Let a child hold the blocks of what its parent has computed."""
         parent, child = fork.parent, fork.child

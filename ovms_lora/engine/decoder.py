@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ovms_lora.core.errors import EngineError, InvalidFieldError, OvmsLoraError
 from ovms_lora.core.request import GenerationRequest, SequenceOutput
@@ -13,6 +13,15 @@ from ovms_lora.engine.output import OutputProcessor
 from ovms_lora.engine.sampler import Sampler
 from ovms_lora.engine.scheduler import Chunk
 from ovms_lora.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafted:
+    """A sequence with a draft; the logits after its own last token stand in `first_row`, then those of the draft."""
+
+    sequence: Sequence
+    draft: tuple[int, ...]
+    first_row: int
 
 
 class Decoder:
@@ -27,6 +36,7 @@ class Decoder:
         """Return what the step brings; `logits` are [rows, vocabulary], each chunk's `num_sampled` rows in order."""
         rows: list[int] = []
         sampling: list[Sequence] = []
+        drafted: list[_Drafted] = []
         outputs: list[SequenceOutput] = []
         end = 0
         for chunk in chunks:
@@ -40,12 +50,32 @@ class Decoder:
                 outputs += self._without_tokens(sequence)
             elif params.beam_width > 1:
                 outputs += self._search(sequence, logits[end - 1])
+            elif chunk.draft:
+                drafted.append(_Drafted(sequence, chunk.draft, end - chunk.num_sampled))
             else:
                 rows.append(end - 1)
                 sampling.append(sequence)
         if sampling:
             outputs += self._sample(logits if len(rows) == len(logits) else logits[rows], sampling)
-        return outputs
+        return outputs + self._check(drafted, logits) if drafted else outputs
+
+    def _check(self, drafted: Seq[_Drafted], logits: FloatArray) -> list[SequenceOutput]:
+        """Choose the next tokens of sequences with drafts, one after another as without them.
+
+        The row behind a token of a draft is good as long as that very token was chosen.
+        """
+        answers: dict[Sequence, SequenceOutput] = {}
+        ahead, place = list(drafted), 0
+        while ahead:
+            rows = [each.first_row + place for each in ahead]
+            going_on = []
+            for each, output in zip(ahead, self._sample(logits[rows], [e.sequence for e in ahead]), strict=True):
+                before = answers.get(each.sequence)
+                answers[each.sequence] = before.then(output) if before else output
+                if not output.finished and each.draft[place : place + 1] == output.token_ids:
+                    going_on.append(each)
+            ahead, place = going_on, place + 1
+        return list(answers.values())
 
     def _without_tokens(self, sequence: Sequence) -> list[SequenceOutput]:
         output, sampling = self._output.without_tokens(sequence), sequence.request.sampling

@@ -29,12 +29,15 @@ from ovms_lora.core.request import GenerationRequest, SequenceOutput
 from ovms_lora.engine.bisection import StepResult, run_step
 from ovms_lora.engine.block_pool import BlockPool
 from ovms_lora.engine.decoder import Decoder
+from ovms_lora.engine.drafts import Drafter
 from ovms_lora.engine.inbox import Inbox
 from ovms_lora.engine.live_requests import LiveRequests, failures
 from ovms_lora.engine.output import OutputProcessor
 from ovms_lora.engine.runner import ModelRunner
 from ovms_lora.engine.sampler import Sampler
 from ovms_lora.engine.scheduler import Residency, Scheduler, SchedulerLimits
+from ovms_lora.engine.sequence import Sequence
+from ovms_lora.engine.speculation import Speculation, SpeculationStats
 from ovms_lora.engine.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -59,12 +62,14 @@ class EngineStats:
     prefix_cache_queries: int
     prefix_cache_hits: int
     preemptions: int
+    speculation: SpeculationStats | None = None
 
 
 class Engine:
     """Runs one model. Start it once; requests come in by `submit`, outputs go out through `deliver`.
 
     `deliver` is called by the engine thread, once per step, with everything that the step brought; it must not block.
+    `drafter` guesses ahead as the options' `speculation` says.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Engine:
         eos_token_ids: Iterable[int] = (),
         max_waiting: int = 256,
         residency: Residency | None = None,
+        drafter: Drafter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         eos = frozenset(eos_token_ids)
@@ -91,6 +97,9 @@ class Engine:
         output = OutputProcessor(tokenizer, eos, self.max_model_len)
         self._live = LiveRequests(self._scheduler, output, self._inbox.ended)
         self._decoder = Decoder(self._live, Sampler(eos), output)
+        self._speculation = (
+            Speculation(drafter, options.speculation, output.most_tokens) if drafter and options.speculation else None
+        )
         self._abort = False
         self._failure: EngineError | None = None
         self._beat = clock()
@@ -164,6 +173,7 @@ class Engine:
             prefix_cache_queries=scheduler.blocks.prefix_queries,
             prefix_cache_hits=scheduler.blocks.prefix_hits,
             preemptions=scheduler.num_preemptions,
+            speculation=self._speculation.stats if self._speculation else None,
         )
 
     def heartbeat_age(self) -> float:
@@ -219,7 +229,7 @@ class Engine:
             self._prompt_tokens += len(message.prompt_token_ids)
 
     def _step(self) -> None:
-        chunks = self._scheduler.schedule()
+        chunks = self._scheduler.schedule(self._propose())
         self._runner.copy_blocks(self._scheduler.copies)
         if self._scheduler.refused:
             self._fail_each(self._scheduler.refused)
@@ -227,13 +237,21 @@ class Engine:
         if not chunks:
             self._inbox.wait(_NO_ROOM_SECONDS)
             return
+        begun = time.perf_counter()
         step = run_step(self._runner, chunks)
+        seconds = time.perf_counter() - begun
         self._fail_each(step.failures)
         self._scheduler.computed(step.chunks)
         outputs = self._decode(step)
+        if self._speculation:
+            self._scheduler.accepted(step.chunks)
+            self._speculation.observe(step.chunks, seconds)
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
         if outputs:
             self._deliver(outputs)
+
+    def _propose(self) -> dict[Sequence, tuple[int, ...]] | None:
+        return self._speculation.propose(self._scheduler.running) if self._speculation else None
 
     def _decode(self, step: StepResult) -> list[SequenceOutput]:
         try:

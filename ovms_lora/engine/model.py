@@ -17,12 +17,16 @@ from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph
 from ovms_lora.core.request import AdapterUse
 from ovms_lora.core.sampling_params import EarlyStopping
+from ovms_lora.core.speculation import SpeculationOptions, take_prompt_lookup
 from ovms_lora.engine.chat import ChatTemplate
+from ovms_lora.engine.draft_folder import check_draft_vocabulary, load_draft_model
+from ovms_lora.engine.drafts import Drafter
 from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.lora_config import LoraConfig
 from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.output_parsers.formats import check_parser_names
+from ovms_lora.engine.prompt_lookup import PromptLookup
 from ovms_lora.engine.runner import OpenVinoRunner
 from ovms_lora.engine.structured import ConstraintCompiler
 from ovms_lora.engine.tokenizer import Tokenizer
@@ -91,6 +95,8 @@ def load_model(
     """
     folder, options = read_options(folder, graph_path)
     properties = {**options.plugin_config, **(plugin_config or {})}
+    if (looks_up := take_prompt_lookup(properties)) is not None:
+        options = replace(options, speculation=SpeculationOptions() if looks_up else None)
     options = replace(options, **(overrides or {}), device=device or options.device, plugin_config=properties)
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate.from_folder(folder)
@@ -111,6 +117,7 @@ def load_model(
         eos_token_ids=defaults.eos_token_ids,
         max_waiting=max_waiting,
         residency=runtime.graphs.residency if runtime else None,
+        drafter=_drafter(options, tokenizer, graph.vocab_size),
     )
     if runtime:
         runtime.graphs.attach(engine, runner)
@@ -118,11 +125,24 @@ def load_model(
     return LoadedModel(folder, engine, tokenizer, template, defaults, options, constraints, runtime)
 
 
+def _drafter(options: EngineOptions, tokenizer: Tokenizer, vocab_size: int) -> Drafter | None:
+    speculation = options.speculation
+    if speculation is None:
+        return None
+    if speculation.looks_up:
+        return PromptLookup(speculation)
+    folder = Path(speculation.draft_models_path)
+    check_draft_vocabulary(folder, tokenizer)
+    length = read_max_model_len(folder)
+    return load_draft_model(folder, options, speculation, vocab_size=vocab_size, max_model_len=length)
+
+
 def read_options(folder: Path, graph_path: str | None = None) -> tuple[Path, EngineOptions]:
     """Return the folder that holds the IR, and the options of the graph where there is one.
 
-    `graph_path` is relative to the folder and has to exist; the default, graph.pbtxt, need not. `models_path` of the
-    graph is relative to the folder, as in OVMS, wherever the graph is. Raises ModelFolderError.
+    `graph_path` is relative to the folder and has to exist; the default, graph.pbtxt, need not. `models_path` and
+    `draft_models_path` of the graph are relative to the folder, as in OVMS, wherever the graph is; the latter is
+    returned as an absolute path. Raises ModelFolderError.
     """
     if not folder.is_dir():
         raise ModelFolderError(f"{folder} is not a folder", hint="check base_path or --model_path")
@@ -138,12 +158,19 @@ def read_options(folder: Path, graph_path: str | None = None) -> tuple[Path, Eng
     check_parser_names(graph.options.tool_parser, graph.options.reasoning_parser)
     if graph.without_effect:
         log.info("%s: without effect here: %s", path, ", ".join(graph.without_effect))
-    models = (folder / graph.models_path).resolve()
-    if not models.is_dir():
-        raise ModelFolderError(
-            f"models_path {graph.models_path!r} of {path} is not a folder", hint="it is relative to base_path"
-        )
-    return models, graph.options
+    models = _folder_of(folder, "models_path", graph.models_path, path)
+    options, speculation = graph.options, graph.options.speculation
+    if speculation and not speculation.looks_up:
+        draft = _folder_of(folder, "draft_models_path", speculation.draft_models_path, path)
+        options = replace(options, speculation=replace(speculation, draft_models_path=str(draft)))
+    return models, options
+
+
+def _folder_of(base: Path, key: str, value: str, graph: Path) -> Path:
+    folder = (base / value).resolve()
+    if not folder.is_dir():
+        raise ModelFolderError(f"{key} {value!r} of {graph} is not a folder", hint="it is relative to base_path")
+    return folder
 
 
 def read_generation_defaults(folder: Path, path: str = "") -> GenerationDefaults:

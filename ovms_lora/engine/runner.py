@@ -107,7 +107,7 @@ class OpenVinoRunner:
         tokens, blocks, table_lengths = array("q"), array("i"), []
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count
-            tokens.extend(sequence.token_ids[chunk.start : end])
+            tokens.extend(chunk.token_ids)
             used = -(-end // self.block_size)
             blocks.extend(sequence.blocks[:used])
             table_lengths.append(used)

@@ -5,14 +5,14 @@
     parents  ──replace (beam search: each may have several children)─►  running, or waiting where there is no room
 
 A step holds at most `max_num_batched_tokens` tokens: first one for each sequence that decodes, then prefill chunks of
-running sequences, then of newly admitted ones. Which blocks a sequence has is `block_tables`' business; tensors and
-texts are not known here.
+running sequences, then of newly admitted ones, then drafts, where tokens and blocks are left. Which blocks a sequence
+has is `block_tables`' business; tensors and texts are not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ovms_lora.core.errors import EngineError
@@ -27,18 +27,29 @@ class Chunk:
     """The tokens `start` … `start + count - 1` of a sequence, to be computed in one step.
 
     The last `num_sampled` of them need logits: none within a prompt, one where a token is sampled, all for prompt
-    log-probabilities.
+    log-probabilities and for the tokens of a `draft`, which are taken to stand after the sequence's own.
     """
 
     sequence: Sequence
     start: int
     count: int
     num_sampled: int
+    draft: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the sequence's last token, so that the next one can be chosen."""
-        return self.start + self.count == self.sequence.num_tokens
+        return self.start + self.count - len(self.draft) == self.sequence.num_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute, as long as none is chosen yet."""
+        return [*self.sequence.token_ids[self.start : self.start + self.count - len(self.draft)], *self.draft]
+
+    def drafting(self, draft: tuple[int, ...]) -> Chunk:
+        """Return the chunk with a draft behind its last token."""
+        count = len(draft)
+        return replace(self, count=self.count + count, num_sampled=self.num_sampled + count, draft=draft)
 
 
 class Residency(Protocol):
@@ -111,8 +122,11 @@ class Scheduler:
         assert pool.blocks_for(sequence.num_tokens) <= pool.num_blocks, "the engine refuses such prompts"
         self.waiting.add(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """Plan one step, with the copies of blocks that come before it; empty only when nothing can run."""
+    def schedule(self, drafts: Mapping[Sequence, tuple[int, ...]] | None = None) -> list[Chunk]:
+        """Plan one step, with the copies of blocks that come before it; empty only when nothing can run.
+
+        `drafts` may be computed with the sequences that decode; nobody gets less for them.
+        """
         chunks: list[Chunk] = []
         self.blocks.copies.clear()
         self.refused.clear()
@@ -122,6 +136,8 @@ class Scheduler:
             # What they hold is all that those need for whom they wait.
             self._preempt(_youngest(parked), chunks)
             self._admit(chunks, self.limits.max_num_batched_tokens)
+        if drafts:
+            self._add_drafts(chunks, drafts)
         return chunks
 
     @property
@@ -130,10 +146,18 @@ class Scheduler:
         return self.blocks.copies
 
     def computed(self, chunks: Iterable[Chunk]) -> None:
-        """Note that the chunks' keys and values now stand in the cache."""
+        """Note that the chunks' keys and values now stand in the cache; those of drafts do not count yet."""
         for chunk in chunks:
             if chunk.sequence.status is SequenceStatus.RUNNING:
-                self.blocks.computed(chunk.sequence, chunk.start + chunk.count)
+                self.blocks.computed(chunk.sequence, chunk.start + chunk.count - len(chunk.draft))
+
+    def accepted(self, chunks: Iterable[Chunk]) -> None:
+        """Note that the next tokens are chosen: what of a draft is among them is computed, room for more is free."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.draft and sequence.status is SequenceStatus.RUNNING:
+                self.blocks.computed(sequence, sequence.num_tokens - 1)
+                self.blocks.trim(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whether it waits or runs, and give back what it holds."""
@@ -180,6 +204,16 @@ class Scheduler:
                 if self._fits(sequence, chunks, budget):
                     self._fill(sequence, chunks, budget)
         return self._left(chunks)
+
+    def _add_drafts(self, chunks: list[Chunk], drafts: Mapping[Sequence, tuple[int, ...]]) -> None:
+        budget = self._left(chunks)
+        for place, chunk in enumerate(chunks):
+            sequence = chunk.sequence
+            draft = drafts.get(sequence, ())[: max(budget, 0)]
+            if draft and chunk.samples and chunk.num_sampled == 1:
+                draft = draft[: self.blocks.extend(sequence, len(draft))]
+                budget -= len(draft)
+                chunks[place] = chunk.drafting(draft) if draft else chunk
 
     def _left(self, chunks: list[Chunk]) -> int:
         # Counted anew, for a preemption may have taken chunks out again.

@@ -18,6 +18,7 @@ from typing import Any, Final
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import UsageError
 from ovms_lora.core.flags import FlagParser
+from ovms_lora.core.speculation import SpeculationOptions
 from ovms_lora.export.compression import default_format, parse_compression
 from ovms_lora.export.request import ExportRequest, MergeSource, SourceLoras
 from ovms_lora.export.source_loras import parse_source_loras, split_strength
@@ -68,6 +69,7 @@ def build_parser(prog: str) -> FlagParser:
     _add_model_flags(task.add_argument_group("model"))
     _add_weight_flags(task.add_argument_group("weights"))
     _add_adapter_flags(task.add_argument_group("adapters"))
+    _add_speculation_flags(task.add_argument_group("guessing ahead (answers stay the same)"))
     _add_device_flags(task.add_argument_group("device (written to graph.pbtxt)"))
     _add_serving_flags(task.add_argument_group("serving (written to graph.pbtxt)"))
     _add_run_flags(task.add_argument_group("this run"))
@@ -140,6 +142,17 @@ def _add_adapter_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--draft_source_model",
+        metavar="SRC",
+        help="guess with this smaller model of the same tokenizer, which is exported into the model's folder",
+    )
+    add("--draft_model_name", metavar="NAME", help="its folder there; default: the source's name")
+    add("--prompt_lookup_decoding", action="store_true", help="guess that a text goes on as it did before")
+
+
 def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--target_device", type=_device, default="CPU", metavar="DEVICE", help="CPU, GPU, NPU, HETERO:…; default: CPU")
@@ -175,6 +188,7 @@ def parse_request(argv: Sequence[str], prog: str) -> CommandLine:
     """Parse the command line. Raises UsageError; `--help` raises SystemExit."""
     args = build_parser(prog).parse_all(_joined(argv))
     _check_weights(args)
+    _check_speculation(args)
     request = ExportRequest(
         source_model=args.source_model,
         repository=args.model_repository_path,
@@ -190,6 +204,8 @@ def parse_request(argv: Sequence[str], prog: str) -> CommandLine:
         trust_remote_code=args.trust_remote_code,
         verify=args.verify or args.verify_threshold is not None,
         max_drift=args.verify_threshold,
+        draft_source=args.draft_source_model,
+        draft_name=args.draft_model_name,
     )
     return CommandLine(request, verbose=args.verbose, dry_run=args.dry_run)
 
@@ -212,6 +228,15 @@ def _check_weights(args: argparse.Namespace) -> None:
         args.extra_quantization_params.check(weight_format)
 
 
+def _check_speculation(args: argparse.Namespace) -> None:
+    if args.draft_model_name is not None and args.draft_source_model is None:
+        raise UsageError("--draft_model_name goes with --draft_source_model")
+    if args.prompt_lookup_decoding and args.draft_source_model is not None:
+        raise UsageError(
+            "--prompt_lookup_decoding and --draft_source_model exclude each other", hint="give one of them"
+        )
+
+
 def _engine_options(args: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
         device=args.target_device,
@@ -223,6 +248,7 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
         enable_prefix_caching=args.enable_prefix_caching == "true",
         tool_parser=args.tool_parser,
         reasoning_parser=args.reasoning_parser,
+        speculation=SpeculationOptions() if args.prompt_lookup_decoding else None,
     )
 
 

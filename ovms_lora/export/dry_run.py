@@ -39,6 +39,8 @@ def dry_run(request: ExportRequest, progress: ExportProgress) -> Iterator[str]:
 def _to_fetch(request: ExportRequest) -> Iterator[str]:
     model = (request.source_model, "model", model_patterns(trust_remote_code=request.trust_remote_code))
     sources = [] if request.source_model.endswith(".gguf") else [model]
+    if request.draft_source and not request.draft_source.endswith(".gguf"):
+        sources.append((request.draft_source, *model[1:]))
     if request.tokenizer:
         sources.append((request.tokenizer, "tokenizer", TOKENIZER_PATTERNS))
     adapters = [merged.source for merged in request.adapters] + [lora.source for lora in request.loras.adapters]
@@ -63,6 +65,8 @@ def _work(plan: Plan) -> Iterator[str]:
         yield f"copy      the OpenVINO model as it is, with {plan.weight_format} weights"
     else:
         yield f"convert   to OpenVINO IR with {plan.weight_format} weights{_options(plan)}"
+    if draft := plan.draft:
+        yield f"draft     {draft.source.given} with {draft.weight_format} weights, to {draft.name}/ in the same folder"
     if request.verify:
         yield "verify    the exported model against the PyTorch model"
     verb = "replace" if plan.target.exists() else "write  "

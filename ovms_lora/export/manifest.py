@@ -45,6 +45,7 @@ class Recipe(_Frozen):
     calibration: SourceRecord | None = None
     adapters: tuple[MergedAdapter, ...] = ()
     tokenizer: SourceRecord | None = None
+    draft: SourceRecord | None = None
     engine: dict[str, Any] = {}
 
     def differences(self, other: Recipe) -> list[str]:
@@ -59,6 +60,7 @@ class Recipe(_Frozen):
         for what, one, two, none in (
             ("tokenizer", self.tokenizer, other.tokenizer, "the source's"),
             ("dataset", self.calibration, other.calibration, "none"),
+            ("draft model", self.draft, other.draft, "none"),
         ):
             if (one and one.digest) != (two and two.digest):
                 found.append(f"{what}: {one.source if one else none} → {two.source if two else none}")

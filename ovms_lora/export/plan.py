@@ -6,7 +6,7 @@ Does not know: how anything is merged, converted or written.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,7 @@ from ovms_lora.core.names import check_model_name
 from ovms_lora.export.compression import Compression, default_compression, default_format
 from ovms_lora.export.config_file import Registration, check_registration
 from ovms_lora.export.digests import file_digest, files_digest
+from ovms_lora.export.draft import Draft, find_draft
 from ovms_lora.export.loras import FOLDER as LORAS
 from ovms_lora.export.loras import RuntimeAdapter, find_runtime_adapter, rank_beyond_default
 from ovms_lora.export.manifest import (
@@ -49,6 +50,7 @@ class Plan:
     weight_format: WeightFormat
     compression: Compression
     recipe: Recipe
+    draft: Draft | None = None
 
     @property
     def target(self) -> Path:
@@ -82,9 +84,14 @@ def make_plan(request: ExportRequest, progress: ExportProgress) -> Plan:
             shapes = tensor_shapes(source.weight_files)
             for adapter in adapters:
                 check_fits(adapter, shapes, resized=tokenizer is not None)
+        draft = find_draft(request)
+        if draft:
+            request = replace(request, engine=replace(request.engine, speculation=draft.speculation))
     compression = _compression(request, source)
     recipe = _recipe(request, source, weight_format, compression, adapters, tokenizer, progress)
-    return Plan(request, name, source, adapters, loras, tokenizer, weight_format, compression, recipe)
+    if draft:
+        recipe = recipe.model_copy(update={"draft": SourceRecord(source=draft.source.given, digest=draft.digest)})
+    return Plan(request, name, source, adapters, loras, tokenizer, weight_format, compression, recipe, draft)
 
 
 def present(plan: Plan) -> Manifest | None:
@@ -154,7 +161,8 @@ def _compression(request: ExportRequest, source: Source) -> Compression:
 def _sources(request: ExportRequest) -> str:
     merged = [adapter.source for adapter in request.adapters]
     beside = [adapter.source for adapter in request.loras.adapters]
-    return ", ".join([request.source_model, *merged, *beside])
+    draft = [request.draft_source] if request.draft_source else []
+    return ", ".join([request.source_model, *merged, *beside, *draft])
 
 
 def _registration(request: ExportRequest, name: str, loras: tuple[RuntimeAdapter, ...]) -> Registration:

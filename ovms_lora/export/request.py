@@ -44,6 +44,7 @@ class ExportRequest:
 
     `model_name` None takes the source's name. `weight_format` None takes what an OpenVINO model has, else what the
     device takes; `compression` None what goes with the device.
+    `draft_source` is a smaller model to guess ahead with, put beside the model under `draft_name` (None: its source's).
     `max_drift` is the largest mean KL divergence that `verify` lets pass, in nats; None lets any pass.
     """
 
@@ -61,3 +62,5 @@ class ExportRequest:
     trust_remote_code: bool = False
     verify: bool = False
     max_drift: float | None = None
+    draft_source: str | None = None
+    draft_name: str | None = None

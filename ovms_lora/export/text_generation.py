@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import gc
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from ovms_lora.core.graph_pbtxt import render_graph
 from ovms_lora.export import compress, convert, merge, verify
+from ovms_lora.export.compression import default_compression
 from ovms_lora.export.config_file import register
 from ovms_lora.export.digests import file_digest
+from ovms_lora.export.draft import check_same_tokens
 from ovms_lora.export.gguf import to_hf_folder
 from ovms_lora.export.loras import publish_adapters, stage_adapters
 from ovms_lora.export.manifest import Drift, FileRecord, Manifest, installed_versions, write_manifest
@@ -40,6 +43,8 @@ def export_text_generation(request: ExportRequest, progress: ExportProgress) -> 
                 _judge(plan, manifest.verified, progress)
         else:
             check_resources(plan)
+            if draft := _draft_plan(plan):
+                check_resources(draft)
             model = _build(plan, folder, progress)
         _stage_adapters(plan, folder, model or plan.target, progress)
         if model is not None:
@@ -60,12 +65,44 @@ def _build(plan: Plan, folder: Path, progress: ExportProgress) -> Path:
         _copy(plan, model, progress)
     else:
         drift = _export(plan, model, work, progress)
+    if draft := _draft_plan(plan):
+        _add_draft(draft, model / draft.name, work / "draft", progress)
+        check_same_tokens(model, model / draft.name)
     shutil.rmtree(work)
     (model / "graph.pbtxt").write_text(render_graph(plan.request.engine), encoding="utf-8")
     with progress.step("check", "the graph takes paged attention"), progress.silence():
         convert.check_ir(model, module_names=plan.source.kind is not SourceKind.OPENVINO)
     _write_manifest(plan, model, drift, progress)
     return model
+
+
+def _draft_plan(plan: Plan) -> Plan | None:
+    """Return the draft model's part of a plan as a plan of its own."""
+    draft = plan.draft
+    if draft is None:
+        return None
+    return replace(
+        plan,
+        request=draft.request,
+        name=draft.name,
+        source=draft.source,
+        adapters=(),
+        loras=(),
+        tokenizer=None,
+        weight_format=draft.weight_format,
+        compression=default_compression(plan.request.engine.device),
+        draft=None,
+    )
+
+
+def _add_draft(plan: Plan, folder: Path, work: Path, progress: ExportProgress) -> None:
+    """Build a draft model inside the folder of the model."""
+    folder.mkdir()
+    work.mkdir()
+    if plan.source.kind is SourceKind.OPENVINO:
+        _copy(plan, folder, progress)
+    else:
+        _export(plan, folder, work, progress)
 
 
 def _copy(plan: Plan, folder: Path, progress: ExportProgress) -> None:

@@ -12,6 +12,7 @@ from ovms_lora.core.constraint import TokenConstraint
 from ovms_lora.core.errors import InvalidFieldError
 from ovms_lora.core.request import AdapterUse, GenerationRequest, SequenceOutput, TokenLogprob
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.core.speculation import Assistance
 from ovms_lora.engine.output_parsers.parser import Grammar, plain
 from ovms_lora.server.adapter_choice import AdapterChoice
 from ovms_lora.server.constraints import AskedConstraint
@@ -34,7 +35,8 @@ class Call:
     """One client request: prompts to continue, `sampling.n` times each, and how to answer.
 
     With more `candidates` than that, so many are sampled for each prompt, and the answer has the best. `constraint` is
-    what the text must match, `grammar` how reasoning and tool calls are told from content in it.
+    what the text must match, `grammar` how reasoning and tool calls are told from content in it, `assistance` how the
+    engine may guess it.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Call:
     adapters: AdapterChoice = field(default_factory=AdapterChoice)
     constraint: AskedConstraint | None = None
     grammar: Grammar = plain
+    assistance: Assistance = field(default_factory=Assistance)
 
     @property
     def prompt_tokens(self) -> int:
@@ -79,6 +82,7 @@ class Call:
                 constraint=constraint,
                 owner=self.tenant.name,
                 queue_share=self.tenant.queue_share,
+                assistance=self.assistance,
             )
             for number, prompt in enumerate(self.prompts)
         ]

@@ -26,17 +26,25 @@ UINT32_MAX = 2**32 - 1
 INT64_MAX = 2**63 - 1
 
 _DEFAULTS = Limits()
+# How OVMS calls in its messages what a model does to guess ahead.
+PROMPT_LOOKUP = "prompt lookup decoding"
+DRAFT_MODEL = "Fast Draft speculative decoding"
+
 _LIMIT = re.compile(r"\{limits\.(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the served model and the server allow, for the rules that depend on it."""
+    """What the served model and the server allow, for the rules that depend on it.
+
+    `assistance` is how the model guesses ahead, or None.
+    """
 
     max_tokens_limit: int | None = None
     best_of_limit: int = 20
     takes_adapters: bool = False
     server: Limits = _DEFAULTS
+    assistance: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

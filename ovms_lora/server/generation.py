@@ -29,7 +29,7 @@ from ovms_lora.server.dialects import Dialect, Endpoint
 from ovms_lora.server.disconnect import ClientGoneError, unless_gone
 from ovms_lora.server.fields import ModelLimits, Table, Values
 from ovms_lora.server.large_json import dump_json
-from ovms_lora.server.sampling import sampled_candidates, sampling_params, token_budget
+from ovms_lora.server.sampling import assistance, sampled_candidates, sampling_params, token_budget
 from ovms_lora.server.shapes import Answer, ChoiceShape
 from ovms_lora.server.sse import EventStream, event
 from ovms_lora.server.state import ServerState, state_of
@@ -128,6 +128,7 @@ def _call(asked: _Asked, served: ServedModel, dialect: Dialect, endpoint: Endpoi
         tenant=asked.tenant,
         adapters=AdapterChoice.of(values),
         constraint=asked_constraint(values),
+        assistance=assistance(values),
     )
     return _with_tools(call, ToolUse.of(values), model) if endpoint.is_chat else call
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,6 +44,7 @@ class LoadModel(Protocol):
         graph_path: str | None,
         device: str | None,
         plugin_config: dict[str, Any],
+        overrides: Mapping[str, Any],
         lora: LoraConfig | None,
         max_waiting: int,
     ) -> LoadedModel:
@@ -219,6 +220,7 @@ class Lifecycle:
             graph_path=spec.entry.graph_path,
             device=spec.entry.target_device,
             plugin_config=dict(spec.plugin_config),
+            overrides={"speculation": spec.speculation} if spec.speculation else {},
             lora=spec.lora,
             max_waiting=self._limits.waiting_requests,
         )

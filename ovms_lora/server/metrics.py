@@ -65,16 +65,28 @@ class _Engines(Collector):
         ("vllm:num_preemptions", "Preempted sequences", "preemptions"),
     )
 
+    # Of models that guess ahead only.
+    _SPECULATION = (
+        ("vllm:spec_decode_num_drafts", "Guesses that were checked", "drafts"),
+        ("vllm:spec_decode_num_draft_tokens", "Guessed tokens that were checked", "draft_tokens"),
+        ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that proved right", "accepted_tokens"),
+    )
+
     def __init__(self, models: ModelRegistry) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
         """Give the engines' numbers by model."""
         stats = [(served.name, served.model.engine.stats()) for served in self._models.served]
-        for kind, rows in ((GaugeMetricFamily, self._GAUGES), (CounterMetricFamily, self._COUNTERS)):
+        guessing = [(model, values.speculation) for model, values in stats if values.speculation]
+        for kind, rows, source in (
+            (GaugeMetricFamily, self._GAUGES, stats),
+            (CounterMetricFamily, self._COUNTERS, stats),
+            (CounterMetricFamily, self._SPECULATION, guessing),
+        ):
             for name, documentation, attribute in rows:
                 family = kind(name, documentation, labels=("model_name",))
-                for model, values in stats:
+                for model, values in source:
                     family.add_metric((model,), getattr(values, attribute))
                 yield family
 

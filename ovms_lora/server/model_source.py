@@ -8,14 +8,14 @@ What a change of an entry means for a model that is served:
 |---|---|
 | adapters, composites, `pinned`, loading path, an adapter's files | the runtime applies it, the base stays |
 | the other keys of `lora_options`; first or last of the LoRA keys | reloaded |
-| the folder, its version, its files, its device and properties | reloaded |
+| the folder, its version, its files, its device and properties, how it guesses | reloaded |
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from ovms_lora.core.config import LoraOptions, ModelEntry, read_server_config
 from ovms_lora.core.config_fault import fault_of
 from ovms_lora.core.errors import ConfigError
 from ovms_lora.core.names import check_alias
+from ovms_lora.core.speculation import SpeculationOptions
 from ovms_lora.engine.lora_config import AdapterSpec, CompositeSpec, LoraConfig
 from ovms_lora.server.model_versions import find_version
 
@@ -51,6 +52,7 @@ class ModelSpec:
     lora: LoraConfig | None = None
     adapter_files: tuple[FileIdentity | None, ...] = ()
     version: int = 1
+    speculation: SpeculationOptions | None = None
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class ModelSpec:
         live: dict[str, Any] = {"pinned": [], "dynamic_lora_loading_path": None}
         options = self.lora.options.model_copy(update=live) if self.lora else None
         device, graph_path = self.entry.target_device, self.entry.graph_path
-        return self.folder, self.files, device, graph_path, self.plugin_config, options
+        return self.folder, self.files, device, graph_path, self.plugin_config, options, self.speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +138,22 @@ class SingleModel:
     """The one model of `--model_path`."""
 
     def __init__(
-        self, name: str, folder: Path, plugin_config: Mapping[str, Any], lora: LoraDefaults | None = None
+        self,
+        name: str,
+        folder: Path,
+        plugin_config: Mapping[str, Any],
+        lora: LoraDefaults | None = None,
+        speculation: SpeculationOptions | None = None,
     ) -> None:
         self._entry = _entry(name, folder)
+        self._speculation = speculation
         self._plugin_config = plugin_config
         self._lora = lora or LoraDefaults()
 
     def read(self) -> tuple[ModelSpec, ...]:
         """Return the one model. Raises ConfigError."""
-        return _specs((self._entry,), Path(), self._lora, self._plugin_config)
+        (spec,) = _specs((self._entry,), Path(), self._lora, self._plugin_config)
+        return (replace(spec, speculation=self._speculation),)
 
     def changed(self) -> bool:
         """Nothing is polled: a re-export is taken up by a reload."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ovms_lora.core.errors import ModelNotFoundError, UnavailableError
 from ovms_lora.core.names import split_model
-from ovms_lora.server.fields import ModelLimits
+from ovms_lora.server.fields import DRAFT_MODEL, PROMPT_LOOKUP, ModelLimits
 from ovms_lora.server.options import Limits
 
 if TYPE_CHECKING:
@@ -64,7 +64,14 @@ class ServedModel:
     def limits(self, server: Limits) -> ModelLimits:
         """Return what its options and the server allow a request to ask for."""
         options = self.model.options
-        return ModelLimits(options.max_tokens_limit, options.best_of_limit, self.model.lora is not None, server)
+        speculation = options.speculation
+        return ModelLimits(
+            options.max_tokens_limit,
+            options.best_of_limit,
+            self.model.lora is not None,
+            server,
+            None if speculation is None else PROMPT_LOOKUP if speculation.looks_up else DRAFT_MODEL,
+        )
 
     def knows(self, alias: str) -> bool:
         """Whether an adapter or composite has this alias: loaded, or configured and refused."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovms_lora.core.errors import InvalidFieldError
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.core.speculation import Assistance
 from ovms_lora.server.fields import INT64_MAX
 
 if TYPE_CHECKING:
@@ -100,6 +101,15 @@ def sampling_params(values: Values, model: GenerationDefaults, dialect: Sampling
     except ValueError as error:
         message = str(error)
         raise InvalidFieldError(message, param=message.split(" ", 1)[0]) from error
+
+
+def assistance(values: Values) -> Assistance:
+    """Return how the request's next tokens are to be guessed; a longest n-gram of 0 is the model's own, as in OVMS."""
+    return Assistance(
+        num_tokens=values.get("num_assistant_tokens"),
+        max_ngram_size=values.get("max_ngram_size") or None,
+        confidence=values.get("assistant_confidence_threshold", 0.0),
+    )
 
 
 def sampled_candidates(values: Values, dialect: SamplingDefaults) -> int:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from ovms_lora.server import constraints, inputs, tool_fields
 from ovms_lora.server.fields import (
+    PROMPT_LOOKUP,
     UINT32_MAX,
+    Check,
     Field,
     OnlyWith,
     Table,
@@ -26,6 +28,12 @@ from ovms_lora.server.fields import (
 from ovms_lora.server.sampling import SamplingDefaults
 
 _COUNT_LIMIT = "{} value can't be greater than 4294967295"
+
+
+def _unsigned(name: str) -> tuple[Check]:
+    message = f"{name} is not an unsigned integer"
+    return (uint32(message, message),)
+
 
 _COMMON = (
     Field("stream"),
@@ -90,6 +98,13 @@ _COMMON = (
     ),
     Field("ignore_eos", boolean("ignore_eos accepts values true or false")),
     Field("skip_special_tokens", boolean("skip_special_tokens is not a bool")),
+    Field("num_assistant_tokens", *_unsigned("num_assistant_tokens")),
+    Field(
+        "assistant_confidence_threshold",
+        number("assistant_confidence_threshold is not a valid number"),
+        within(0, 1, "assistant_confidence_threshold out of range [0.0, 1.0]"),
+    ),
+    Field("max_ngram_size", *_unsigned("max_ngram_size")),
     Field("response_format", constraints.response_format),
     Field("lora_alphas", inputs.lora_alphas),
     Field("lora", inputs.lora),
@@ -145,6 +160,25 @@ _COMMON_TOGETHER = (
         "best_of",
         lambda v, _: "best_of" in v and bool(v.get("stream")),
         "best_of cannot be used in streaming mode",
+    ),
+    Together(
+        "num_assistant_tokens",
+        lambda v, limits: limits.assistance is not None and v.get("num_assistant_tokens") == 0,
+        "num_assistant_tokens must be greater than 0 for {limits.assistance}",
+    ),
+    Together(
+        "assistant_confidence_threshold",
+        lambda v, limits: limits.assistance == PROMPT_LOOKUP and v.get("assistant_confidence_threshold", 0) != 0,
+        "assistant_confidence_threshold is not supported for prompt lookup decoding",
+    ),
+    Together(
+        "num_assistant_tokens",
+        lambda v, limits: (
+            limits.assistance is not None
+            and "num_assistant_tokens" in v
+            and v.get("assistant_confidence_threshold", 0) != 0
+        ),
+        "num_assistant_tokens and assistant_confidence_threshold are mutually exclusive; set only one",
     ),
     Together("n", lambda v, _: v.get("n", 1) > v.get("best_of", 1), "n value cannot be greater than best_of"),
     needs_adapters("lora_alphas"),

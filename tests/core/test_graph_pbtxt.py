@@ -6,6 +6,7 @@ import pytest
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.graph_pbtxt import parse_graph, render_graph
+from ovms_lora.core.speculation import SpeculationOptions
 from tests import ovms_repository
 
 # As OVMS's own exporter writes it: spaces in the type's name, colons before braces, commas, single quotes.
@@ -61,7 +62,9 @@ def graph(option: str = "") -> str:
             reasoning_parser="qwen3",
             enable_tool_guided_generation=True,
             generation_config_path="other.json",
+            speculation=SpeculationOptions(draft_models_path="./draft", draft_device="GPU", draft_cache_size=2),
         ),
+        EngineOptions(speculation=SpeculationOptions()),
     ],
 )
 def test_what_is_written_is_read_back(options: EngineOptions) -> None:
@@ -125,7 +128,17 @@ def test_a_graph_of_ovms_is_read_with_ovms_defaults() -> None:
             EngineOptions(enable_prefix_caching=False, best_of_limit=3, max_tokens_limit=100),
         ),
         ({"pipeline_type": "LM"}, EngineOptions(enable_prefix_caching=False)),
-        ({"draft_models_path": "./draft"}, EngineOptions(enable_prefix_caching=False)),
+        (
+            {"draft_models_path": "./draft"},
+            EngineOptions(enable_prefix_caching=False, speculation=SpeculationOptions(draft_models_path="./draft")),
+        ),
+        (
+            {"plugin_config": {"prompt_lookup": True, "CACHE_DIR": "/c"}},
+            EngineOptions(
+                enable_prefix_caching=False, plugin_config={"CACHE_DIR": "/c"}, speculation=SpeculationOptions()
+            ),
+        ),
+        ({"plugin_config": {"prompt_lookup": False}}, EngineOptions(enable_prefix_caching=False)),
     ],
 )
 def test_what_ovms_s_exporter_writes_is_read(written: dict[str, Any], read: EngineOptions) -> None:
@@ -139,7 +152,10 @@ def test_the_older_response_parser_is_the_tool_parser() -> None:
 @pytest.mark.parametrize(
     ("option", "named"),
     [
-        ('draft_models_path: "./draft"', "draft_models_path"),
+        ("draft_max_num_batched_tokens: 32", "draft_max_num_batched_tokens"),
+        ("draft_block_size: 32", "draft_block_size"),
+        ("draft_max_num_seqs: 32", "draft_max_num_seqs"),
+        ("draft_dynamic_split_fuse: false", "draft_dynamic_split_fuse"),
         ("pipeline_type: LM_CB", "pipeline_type"),
         ("block_size: 32", "block_size"),
         (
@@ -161,7 +177,14 @@ def test_properties_of_ovms_s_pipeline_are_no_properties_of_the_device() -> None
     properties = '{"prompt_lookup": true, "ATTENTION_BACKEND": "PA", "NUM_STREAMS": "1"}'
     read = parse_graph(graph().replace('{"KV_CACHE_PRECISION": "u8"}', properties))
     assert read.options.plugin_config == {"NUM_STREAMS": "1"}
-    assert read.without_effect == ("prompt_lookup", "ATTENTION_BACKEND")
+    assert read.options.speculation == SpeculationOptions()
+    assert read.without_effect == ("ATTENTION_BACKEND",)
+
+
+def test_a_draft_that_is_no_language_model_is_not_used() -> None:
+    read = parse_graph(graph('draft_models_path: "./draft", draft_eagle3_mode: true'))
+    assert read.options.speculation is None
+    assert read.without_effect == ("draft_models_path", "draft_eagle3_mode")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +194,11 @@ def test_properties_of_ovms_s_pipeline_are_no_properties_of_the_device() -> None
         (graph("cache_size: many"), "line 20"),
         (graph("cache_size: -1"), "line 20"),
         (graph("max_num_seqs: 0"), "max_num_seqs must be at least 1"),
+        (
+            graph('draft_models_path: "./d"').replace('"KV_CACHE_PRECISION": "u8"', '"prompt_lookup": true'),
+            "prompt_lookup and for a draft model",
+        ),
+        (graph().replace('"KV_CACHE_PRECISION": "u8"', '"prompt_lookup": 1'), "prompt_lookup must be true or false"),
         (graph("pipeline_type: VLM"), "pipeline_type VLM"),
         (graph('models_path: "./twice"'), 'line 20.*"models_path"'),
         (graph().replace('models_path: "./model",', ""), "no models_path"),

@@ -21,6 +21,7 @@ from ovms_lora.core.request import (
     TokenLogprob,
 )
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.engine.drafts import Drafter
 from ovms_lora.engine.engine import Engine
 from ovms_lora.engine.runner import FloatArray
 from ovms_lora.engine.scheduler import Chunk
@@ -147,6 +148,7 @@ def build(
     max_waiting: int = 256,
     clock: Callable[[], float] = time.monotonic,
     residency: AnyAdapters | None = None,
+    drafter: Drafter | None = None,
     **options: Any,
 ) -> Engine:
     """Return an engine that is not started yet."""
@@ -159,6 +161,7 @@ def build(
         eos_token_ids=[EOS],
         max_waiting=max_waiting,
         residency=residency or AnyAdapters(),
+        drafter=drafter,
         clock=clock,
     )
 

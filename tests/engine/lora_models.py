@@ -25,6 +25,7 @@ from ovms_lora.core.config import EngineOptions, LoraOptions
 from ovms_lora.core.graph_pbtxt import render_graph
 from ovms_lora.core.request import AdapterUse, GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
+from ovms_lora.core.speculation import SpeculationOptions
 from ovms_lora.engine import runner
 from ovms_lora.engine.lora_config import AdapterSpec, LoraConfig
 from ovms_lora.engine.lora_runtime import LoraRuntime
@@ -280,6 +281,7 @@ def serving(
     plugin_config: Mapping[str, Any] = PRECISE,
     lora: LoraConfig | None = None,
     engine: Mapping[str, Any] | None = None,
+    speculation: SpeculationOptions | None = None,
     **lora_options: Any,
 ) -> Iterator[Served]:
     """Serve an exported model with adapters. `engine` are EngineOptions; `num_blocks` makes the KV cache small."""
@@ -292,7 +294,8 @@ def serving(
     counting = mock.patch.object(runner, "_count_blocks", lambda *_: num_blocks or 128)
     with counting:
         config = {"INFERENCE_NUM_THREADS": 1, **plugin_config}  # several models are loaded at once
-        model = load_model(folder, deliver=answers, plugin_config=config, lora=lora)
+        guessing = {"speculation": speculation} if speculation else {}
+        model = load_model(folder, deliver=answers, plugin_config=config, lora=lora, overrides=guessing)
     try:
         assert not model.lora or not model.lora.failures, model.lora.failures
         yield Served(model, answers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -35,9 +35,9 @@ class ContextRunner(FakeRunner):
 
     def _write(self, chunk: Chunk) -> None:
         sequence, size = chunk.sequence, self.block_size
-        for position in range(chunk.start, chunk.start + chunk.count):
+        for position, token in enumerate(chunk.token_ids, start=chunk.start):
             before = self._read(chunk, position)[-1:] or sequence.request.adapters
-            value = zlib.crc32(repr((before, sequence.token_ids[position])).encode())
+            value = zlib.crc32(repr((before, token)).encode())
             self._cache[sequence.blocks[position // size], position % size] = value
 
 
@@ -106,30 +106,47 @@ class Stepper:
             self.searches.pop(each, None)
             self.scheduler.finish(each)
 
-    def step(self) -> list[Chunk]:
+    def step(self, drafts: Mapping[Sequence, tuple[int, ...]] | None = None) -> list[Chunk]:
         """Schedule, run and sample once; end sequences that have all their tokens."""
-        chunks = self.scheduler.schedule()
+        chunks = self.scheduler.schedule(drafts)
         self.check_plan(chunks)
         self.runner.copy_blocks(self.scheduler.copies)
         logits = self.runner.run(chunks)
         self.scheduler.computed(chunks)
         ends = np.cumsum([chunk.num_sampled for chunk in chunks], dtype=np.int64)
         assert len(logits) == (ends[-1] if chunks else 0)
-        rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        for chunk, end in zip(chunks, ends, strict=True):
+            if chunk.draft:
+                self._check_draft(chunk, logits[end - chunk.num_sampled : end])
+        rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples and not chunk.draft]
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples and not chunk.draft]
         for sequence, sampled in zip(sampling, self.sampler.sample(logits[rows], sampling), strict=True):
             assert sampled is not None
             if sequence in self.searches:
                 continue
-            sequence.token_ids.append(sampled.token_id)
-            if sequence.num_output == sequence.request.sampling.max_tokens:
-                self.scheduler.finish(sequence)
-                self.finished.append(sequence)
+            self._append(sequence, sampled.token_id)
         for row, sequence in zip(rows, sampling, strict=True):
             if sequence in self.searches:
                 self._offer(sequence, logits[row])
+        self.scheduler.accepted(chunks)
         self.check_books()
         return chunks
+
+    def _check_draft(self, chunk: Chunk, logits: FloatArray) -> None:
+        sequence = chunk.sequence
+        for place, row in enumerate(logits):
+            (sampled,) = self.sampler.sample(row[None], [sequence])
+            assert sampled is not None
+            self._append(sequence, sampled.token_id)
+            right = chunk.draft[place : place + 1] == (sampled.token_id,)
+            if sequence.status is SequenceStatus.FINISHED or not right:
+                break
+
+    def _append(self, sequence: Sequence, token_id: int) -> None:
+        sequence.token_ids.append(token_id)
+        if sequence.num_output == sequence.request.sampling.max_tokens:
+            self.scheduler.finish(sequence)
+            self.finished.append(sequence)
 
     def _offer(self, sequence: Sequence, row: FloatArray) -> None:
         search = self.searches[sequence]
@@ -168,17 +185,20 @@ class Stepper:
             sequence, end = chunk.sequence, chunk.start + chunk.count
             assert sequence.status is SequenceStatus.RUNNING
             assert chunk.start == sequence.num_computed
-            assert chunk.start < end <= sequence.num_tokens
+            assert chunk.start < end - len(chunk.draft) <= sequence.num_tokens
+            assert not chunk.draft or end - len(chunk.draft) == sequence.num_tokens
+            assert chunk.count == len(chunk.token_ids)
             assert len(sequence.blocks) * size >= end
             assert all(self.pool.references(block) == 1 for block in sequence.blocks[chunk.start // size :])
             if not limits.split_prefill:
-                assert end == sequence.num_tokens
+                assert end - len(chunk.draft) == sequence.num_tokens
 
     def check_books(self) -> None:
         scheduler, pool = self.scheduler, self.pool
         for block in range(pool.num_blocks):
             holders = sum(sequence.blocks.count(block) for sequence in scheduler.running)
             assert pool.references(block) == holders
+        assert all(len(sequence.blocks) <= pool.blocks_for(sequence.num_tokens) for sequence in scheduler.running)
         assert pool.num_free == sum(pool.references(block) == 0 for block in range(pool.num_blocks))
         assert all(not sequence.blocks for sequence in [*scheduler.waiting, *self.finished])
         assert scheduler.waiting.backlog.requests == len({s.request.request_id for s in scheduler.waiting})

@@ -103,6 +103,28 @@ class SchedulerMachine(RuleBasedStateMachine):
             chunks = self.stepper.step()
             assert chunks or not self.stepper.scheduler.has_work or self.stepper.scheduler.waiting
 
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def step_with_drafts(self, data: st.DataObject, count: int) -> None:
+        for _ in range(count):
+            before = [sequence for sequence in self.stepper.scheduler.running if sequence.num_pending == 1]
+            preemptions = self.stepper.scheduler.num_preemptions
+            chunks = self.stepper.step({sequence: self._draft(sequence, data) for sequence in before})
+            if preemptions == self.stepper.scheduler.num_preemptions:
+                parked = {sequence for sequence in before if sequence.parked}
+                planned = {chunk.sequence for chunk in chunks}
+                assert planned >= {s for s in before if s.status is SequenceStatus.RUNNING} - parked
+
+    def _draft(self, sequence: Sequence, data: st.DataObject) -> tuple[int, ...]:
+        """Guess some tokens rightly, then some wrongly."""
+        sampling = sequence.request.sampling
+        if sampling.beam_width > 1 or sequence.num_output == 0:
+            return ()
+        rest = data.draw(st.integers(0, 6))
+        to_come = tokens_alone(sequence.request, sequence.index)[sequence.num_output :]
+        right = to_come[:rest] if sampling.greedy or sampling.seed is not None else []
+        wrong = [7] * data.draw(st.integers(0, 3))
+        return tuple([*right, *wrong][: (sampling.max_tokens or 0) - sequence.num_output - 1])
+
     @rule(refusals=st.integers(1, 6))
     def have_no_room_for_adapters(self, refusals: int) -> None:
         self.stepper.residency.refusals = refusals
@@ -191,6 +213,66 @@ def test_an_unsplit_prompt_longer_than_the_budget_runs_alone() -> None:
     short, long = whole.add(request(length=2, max_tokens=2)) + whole.add(request(prompt=[98] * 10))
     plans = [[(chunk.sequence, chunk.count) for chunk in whole.step()] for _ in range(3)]
     assert plans == [[(short, 2)], [(short, 1)], [(long, 10)]]
+
+
+def test_a_right_draft_brings_all_its_tokens_and_one_more_in_one_step() -> None:
+    drafting = stepper()
+    (sequence,) = drafting.add(request(max_tokens=9))
+    drafting.step()
+    to_come = tuple(tokens_alone(sequence.request, 0)[1:6])
+    (chunk,) = drafting.step({sequence: to_come})
+    assert (chunk.count, chunk.num_sampled, chunk.draft) == (6, 6, to_come)
+    assert sequence.output_token_ids == tokens_alone(sequence.request, 0)[:7]
+    assert (sequence.num_computed, len(sequence.blocks)) == (sequence.num_tokens - 1, 3)
+
+
+def test_of_a_wrong_draft_nothing_is_left() -> None:
+    drafting = stepper(block_size=2)
+    (sequence,) = drafting.add(request(max_tokens=9))
+    drafting.step()
+    right = tokens_alone(sequence.request, 0)
+    drafting.step({sequence: (right[1], 7, right[3], right[4])})
+    assert sequence.output_token_ids == right[:3]
+    assert (sequence.num_computed, len(sequence.blocks)) == (6, 4)
+    drafting.run_to_the_end()
+    assert sequence.output_token_ids == right
+
+
+def test_tokens_of_a_wrong_draft_are_found_by_no_prefix() -> None:
+    caching = stepper(block_size=2)
+    (sequence,) = caching.add(request(max_tokens=5))
+    caching.step()
+    caching.step({sequence: (7, 7, 7)})
+    caching.run_to_the_end()
+    (other,) = caching.add(request(prompt=[97] * 4 + sequence.output_token_ids[:1] + [7] * 4))
+    caching.step()
+    assert other.num_cached == 4
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"num_blocks": 16, "max_num_batched_tokens": 6}, [2, 4]),  # the prompt comes first
+        ({"num_blocks": 16, "max_num_batched_tokens": 64}, [9, 4]),
+        ({"num_blocks": 3}, [5, 4]),
+    ],
+)
+def test_a_draft_gets_only_what_is_left_of_tokens_and_blocks(limits: dict[str, Any], expected: list[int]) -> None:
+    tight = stepper(**limits)
+    (sequence,) = tight.add(request(length=3, max_tokens=9))
+    tight.step()
+    (newcomer,) = tight.add(request(prompt=[98] * 4, max_tokens=1))
+    chunks = tight.step({sequence: (7,) * 8})
+    assert [chunk.sequence for chunk in chunks] == [sequence, newcomer]
+    assert [chunk.count for chunk in chunks] == expected
+
+
+def test_nobody_is_preempted_for_a_draft() -> None:
+    tight = stepper(num_blocks=2)
+    first, second = (tight.add(request(prompt=[letter] * 2, max_tokens=2))[0] for letter in LETTERS)
+    tight.step()
+    tight.step({first: (7,) * 8, second: (7,) * 8})
+    assert tight.scheduler.num_preemptions == 0
 
 
 def test_a_known_prefix_is_computed_once() -> None:

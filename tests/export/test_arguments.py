@@ -46,6 +46,8 @@ VALUES = {
     "disable_dynamic_split_fuse": None,
     "overwrite_models": None,
     "trust_remote_code": None,
+    "draft_source_model": "org/small",
+    "prompt_lookup_decoding": None,
 }
 
 
@@ -82,6 +84,8 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--plugin_config", "[]"], "not a JSON object", "--help"),
         (["--target_device", "TOASTER"], "'TOASTER' is not a device", "--help"),
         (["--adapter", "sql=nan"], "nan is not between -1000 and 1000", "1.0"),
+        (["--draft_model_name", "d"], "--draft_model_name goes with --draft_source_model", ""),
+        (["--prompt_lookup_decoding", "--draft_source_model", "d"], "exclude each other", "one"),
         (["--adapter", ""], "--adapter is empty", "folder"),
         (
             ["--kv_cache_precision", "u8", "--plugin_config", '{"KV_CACHE_PRECISION": "f32"}'],

@@ -17,6 +17,7 @@ from ovms_lora.engine.engine import Deliver, Engine
 from ovms_lora.engine.lora_config import AdapterSpec, LoraConfig
 from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel
+from ovms_lora.engine.prompt_lookup import PromptLookup
 from ovms_lora.engine.structured import ConstraintCompiler
 from tests.engine.harness import TOKENIZER, AnyAdapters
 from tests.engine.stepping import FakeAdapter
@@ -89,6 +90,7 @@ def build_llm(
             eos_token_ids=[EOS],
             max_waiting=max_waiting,
             residency=AnyAdapters(),
+            drafter=PromptLookup(options.speculation) if options.speculation else None,
         )
         engine.start()
         runtime = cast(LoraRuntime, FakeRuntime()) if lora else None

@@ -22,6 +22,7 @@ from ovms_lora.engine.graph_source import LoraTargets
 from ovms_lora.engine.lora_config import LoraConfig
 from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.model import GenerationDefaults, LoadedModel
+from ovms_lora.engine.prompt_lookup import PromptLookup
 from ovms_lora.engine.structured import ConstraintCompiler
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import ConfigFile, ModelSource, SingleModel
@@ -78,12 +79,14 @@ class FakeModels:
         graph_path: str | None,
         device: str | None,
         plugin_config: Mapping[str, Any],
+        overrides: Mapping[str, Any],
         lora: LoraConfig | None,
         max_waiting: int,
     ) -> LoadedModel:
         if "broken" in folder.name:
             raise ModelFolderError(f"{folder.name} is not a model", hint="export it again")
         tokenizer = byte_tokenizer()
+        options = replace(self.options, **overrides)
         runner = self.runners[folder.name] = self.runner()
         runtime = LoraRuntime(FakeGraphs(), lora) if lora else None  # type: ignore[arg-type]
         if runtime:
@@ -91,12 +94,13 @@ class FakeModels:
         engine = Engine(
             runner,
             tokenizer,
-            self.options,
+            options,
             deliver=deliver,
             max_model_len=self.max_model_len,
             eos_token_ids=self.defaults.eos_token_ids,
             max_waiting=self.max_waiting or max_waiting,
             residency=runtime.graphs.residency if runtime else None,
+            drafter=PromptLookup(options.speculation) if options.speculation else None,
         )
         if runtime:
             runtime.graphs.attach(engine, AdoptingRunner())  # type: ignore[arg-type]
@@ -104,7 +108,7 @@ class FakeModels:
         self.engines.append(engine)
         template = ChatTemplate(self.template) if self.template else None
         constraints = ConstraintCompiler(tokenizer, self.defaults.eos_token_ids)
-        return LoadedModel(folder, engine, tokenizer, template, self.defaults, self.options, constraints, runtime)
+        return LoadedModel(folder, engine, tokenizer, template, self.defaults, options, constraints, runtime)
 
 
 def write_config(folder: Path, *names: str) -> Path:

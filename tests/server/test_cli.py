@@ -11,6 +11,7 @@ import pytest
 
 from ovms_lora import __version__, cli
 from ovms_lora.core.config import LoraOptions
+from ovms_lora.core.speculation import SpeculationOptions
 from ovms_lora.server.keys import plain_keys
 from ovms_lora.server.model_source import ConfigFile, ModelSource, ModelSpec, SingleModel
 from ovms_lora.server.options import ServerOptions
@@ -66,6 +67,7 @@ def test_both_spellings_of_a_flag_are_one(started: Started, tmp_path: Path, dash
         "model_path": str(tmp_path),
         "model_name": "n",
         "plugin_config": '{"A": 1}',
+        "speculative_config": '{"model": "d", "num_speculative_tokens": 4}',
         "rest_port": "1",
         "rest_bind_address": "::1",
         "file_system_poll_wait_seconds": "0",
@@ -87,6 +89,7 @@ def test_both_spellings_of_a_flag_are_one(started: Started, tmp_path: Path, dash
     assert isinstance(source, SingleModel)
     (spec,) = source.read()
     assert (spec.name, spec.folder, spec.plugin_config) == ("n", tmp_path, {"A": 1})
+    assert spec.speculation == SpeculationOptions(draft_models_path="d", num_tokens=4)
 
 
 def test_the_name_defaults_to_the_folders(started: Started, tmp_path: Path) -> None:
@@ -128,6 +131,19 @@ def test_the_key_of_the_environment(started: Started, monkeypatch: pytest.Monkey
         (["serve", "--log_level", "loud"], 2, "'loud' is not one of", None),
         (["serve", "--metrics_enable", "maybe"], 2, "'maybe' is neither true nor false", None),
         (["serve", "--model_path", "m", "--plugin_config", "{"], 2, "--plugin_config is not valid JSON", None),
+        (
+            ["serve", "--model_path", "m", "--speculative_config", "{}"],
+            2,
+            "num_speculative_tokens: is missing",
+            "add it",
+        ),
+        (
+            ["serve", "--model_path", "m", "--speculative-config", "{"],
+            2,
+            "--speculative_config is not valid JSON",
+            None,
+        ),
+        (["serve", "--config_path", "c", "--speculative-config", "{}"], 2, "--speculative_config go with", None),
         (["serve", "--model_path", "m", "--plugin_config", "[]"], 2, "--plugin_config must be a JSON object", None),
         (["serve", "--model_path", "m", "--api_key_file", "nope"], 2, "cannot read --api_key_file nope", "text file"),
         (["serve", "--model_path", "m", "--model_name", "a b"], 1, "model name 'a b' is not valid", "matches"),
