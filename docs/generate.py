@@ -140,7 +140,7 @@ class _Models:
         stats = EngineStats(**counts | {"speculation": SpeculationStats()})
         model = SimpleNamespace(
             engine=SimpleNamespace(stats=lambda: stats),
-            lora=SimpleNamespace(cards=lambda: [AdapterCard("sql", "loras/sql")]),
+            lora=SimpleNamespace(cards=lambda: [AdapterCard("sql", "loras/sql")], loading_path=None),
         )
         self.served = [SimpleNamespace(name="m", model=model, spec=SimpleNamespace(lora=LoraConfig()))]
 

@@ -6,10 +6,14 @@ and the summaries.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ovms_lora.adapters.adapter import BaseLinears, inspect_adapter, load_adapter
+from ovms_lora.adapters.bucket import Bucket
+from ovms_lora.adapters.bucket_url import BucketUrl
+from ovms_lora.adapters.sources import adapters_in
 from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError, UsageError
 from ovms_lora.engine.adapter_templates import AdapterTemplates
 from ovms_lora.engine.chat import ChatTemplate
@@ -25,8 +29,15 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_m
 _MAX_RANK = 256  # of any server
 
 
-def check(path: Path, *, base: Path | None = None) -> Iterator[str]:
-    """Yield lines that sum up what is at `path`. Raises the first thing that is wrong with it."""
+def check(place: Path | BucketUrl, *, base: Path | None = None) -> Iterator[str]:
+    """Yield lines that sum up what is at a path, or at an adapter's address. Raises the first thing that is wrong."""
+    if isinstance(place, BucketUrl):
+        yield _check_far_adapter(place, base)
+    else:
+        yield from _check_path(place, base)
+
+
+def _check_path(path: Path, base: Path | None) -> Iterator[str]:
     if not path.exists():
         raise ConfigError(f"{path} does not exist", hint="give a model folder, an adapter folder or a config.json")
     is_adapter = path.is_dir() and (base is not None or any((path / name).exists() for name in _ADAPTER_FILES))
@@ -50,6 +61,7 @@ def _check_config(path: Path) -> Iterator[str]:
             raise ModelFolderError(f"model {spec.name!r}: {error.message}", hint=error.hint) from error
         yield f"{spec.name}: {line}"
         yield from _check_adapters(spec, linears)
+        yield from _check_loading_path(spec)
     yield f"{path}: {len(specs)} models can be served"
 
 
@@ -66,6 +78,30 @@ def _check_adapters(spec: ModelSpec, linears: BaseLinears) -> Iterator[str]:
         yield f"{spec.name}:{adapter.alias}: {line}"
     for composite in spec.lora.composites:
         yield f"{spec.name}:{composite.alias}: composite of {', '.join(alias for alias, _ in composite.components)}"
+
+
+def _check_loading_path(spec: ModelSpec) -> Iterator[str]:
+    path = spec.lora.loading_path if spec.lora else None
+    if isinstance(path, Path) and not path.is_dir():
+        raise ConfigError(f"the loading path {path} of {spec.name!r} is not a folder", hint="create it")
+    if path is not None:
+        names = adapters_in(path) if isinstance(path, Path) else Bucket(path).names()
+        yield f"{spec.name}: loading path {path}: {len(names)} adapters"
+
+
+def _check_far_adapter(address: BucketUrl, base: Path | None) -> str:
+    """Check an adapter of a bucket, which is downloaded for that."""
+    address.check_library()
+    above, name = address.split()
+    bucket = Bucket(above)
+    version = bucket.look(name)
+    if version is None:
+        raise ConfigError(
+            f"there is no adapter at {address}", hint="give the address of an adapter_config.json's folder"
+        )
+    with tempfile.TemporaryDirectory(prefix="ovms-lora-") as folder:
+        bucket.download(version, Path(folder))
+        return _check_adapter(Path(folder), base)
 
 
 def _check_model(folder: Path, graph_path: str | None = None) -> tuple[str, BaseLinears]:

@@ -134,7 +134,18 @@ def _add_lora_flags(parser: FlagParser) -> None:
         metavar="NAME=DIR",
         help='adapters to load at start, or as JSON {"name", "path", "base_model_name"}',
     )
-    parser.add("dynamic_lora_loading_path", metavar="DIR", help="folder whose adapters are loaded when asked for")
+    parser.add(
+        "dynamic_lora_loading_path",
+        metavar="DIR|URL",
+        help="folder, or s3://, gs:// or abfss:// address, whose adapters are loaded when asked for",
+    )
+    parser.add(
+        "adapter_cache_path",
+        type=Path,
+        metavar="DIR",
+        help="where adapters from a bucket are kept (default ~/.cache/ovms-lora/adapters)",
+    )
+    parser.add("adapter_cache_size", type=_gigabytes, metavar="GB", help="how much of them is kept (default 10)")
     parser.add("allow_runtime_lora_updating", action="store_true", help="let clients load and unload adapters")
     parser.add(
         "lora_path_prefix",
@@ -154,15 +165,17 @@ def _add_lora_flags(parser: FlagParser) -> None:
 
 def _check_parser() -> FlagParser:
     parser = FlagParser(prog="ovms-lora check", description="Say whether something can be served, and what is wrong.")
-    parser.add_argument("path", type=Path, metavar="PATH", help="a model folder, an adapter folder or a config.json")
+    parser.add_argument("path", metavar="PATH", help="a model folder, an adapter folder or address, or a config.json")
     parser.add("base", type=Path, metavar="DIR", help="model folder to check an adapter against")
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from ovms_lora.adapters.bucket_url import BucketUrl
     from ovms_lora.check import check
 
-    for line in check(arguments.path, base=arguments.base):
+    place = BucketUrl.parse(arguments.path) if "://" in arguments.path else Path(arguments.path)
+    for line in check(place, base=arguments.base):
         print(line)
     return 0
 
@@ -249,7 +262,8 @@ def _speculation(text: str | None) -> SpeculationOptions | None:
 
 
 def _lora_defaults(arguments: argparse.Namespace) -> LoraDefaults:
-    from ovms_lora.server.model_source import LoraDefaults, local_folder
+    from ovms_lora.adapters.sources import loading_path
+    from ovms_lora.server.model_source import LoraDefaults
 
     flags = {
         "max_loras": arguments.max_loras,
@@ -257,16 +271,18 @@ def _lora_defaults(arguments: argparse.Namespace) -> LoraDefaults:
         "max_cpu_loras": arguments.max_cpu_loras,
         "total_rank": arguments.lora_total_rank,
         "lora_dtype": arguments.lora_dtype,
+        "adapter_cache_path": arguments.adapter_cache_path and str(arguments.adapter_cache_path.absolute()),
+        "adapter_cache_size": arguments.adapter_cache_size,
     }
     path = arguments.dynamic_lora_loading_path
     try:
-        loading_path = local_folder(path, Path()) if path else None
+        found_in = loading_path(path, Path()) if path else None
     except ConfigError as error:
         raise UsageError(f"--dynamic-lora-loading-path: {error.message}", hint=error.hint) from error
     return LoraDefaults(
         enable=arguments.enable_lora,
         options={name: value for name, value in flags.items() if value is not None},
-        loading_path=loading_path,
+        loading_path=found_in,
         modules=tuple(module for text in arguments.lora_modules for module in _lora_modules(text)),
     )
 
@@ -317,6 +333,16 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 2**20:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GB")
+    return size
 
 
 def _total_rank(text: str) -> int | str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
 
 from ovms_lora.engine.device import openvino_core
@@ -9,6 +12,8 @@ from ovms_lora.engine.device import openvino_core
 # Asking for a property loads the CPU device, also where other libraries make Cores of their own later.
 openvino_core().get_property("CPU", "FULL_DEVICE_NAME")
 
+if TYPE_CHECKING:
+    from tests.object_store import ObjectStore
 
 _OPT_IN = {"slow": "also run the tests marked slow", "image": "also build the container images and run them"}
 
@@ -24,3 +29,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+
+
+@pytest.fixture(scope="session")
+def object_store_server() -> Iterator[ObjectStore]:
+    from tests.object_store import ObjectStore  # moto takes a while to load
+
+    server = ObjectStore()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def store(object_store_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """A server of buckets, with its address and credentials in the environment."""
+    for name, value in object_store_server.environment.items():
+        monkeypatch.setenv(name, value)
+    yield object_store_server
+    object_store_server.heal()

@@ -16,13 +16,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 
 from ovms_lora.adapters.adapter import Adapter, BaseLinears, load_adapter
+from ovms_lora.adapters.sources import AdapterPlace, opened
 from ovms_lora.core.errors import OvmsLoraError, UnknownAliasError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Registered:
     """An adapter under its alias. `alpha` multiplies the adapter's own PEFT scaling."""
 
     alias: str
-    folder: Path
+    folder: AdapterPlace
     alpha: float
     pinned: bool
     digest: str
@@ -44,7 +44,7 @@ class Registered:
     paths: frozenset[str]
 
     @classmethod
-    def of(cls, alias: str, folder: Path, adapter: Adapter, *, alpha: float, pinned: bool) -> Registered:
+    def of(cls, alias: str, folder: AdapterPlace, adapter: Adapter, *, alpha: float, pinned: bool) -> Registered:
         """Return the entry of an adapter that was read from `folder`."""
         return cls(alias, folder, alpha, pinned, adapter.digest, adapter.max_rank, frozenset(adapter.layers))
 
@@ -61,18 +61,22 @@ class AdapterStore:
         self._registered: dict[str, Registered] = {}
         self._host: OrderedDict[str, Adapter] = OrderedDict()  # by digest, least recently used first
         self._alive: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
-        self._reading: dict[Path, threading.Lock] = {}
+        self._reading: dict[AdapterPlace, threading.Lock] = {}
 
     @property
     def registered(self) -> Mapping[str, Registered]:
         """The adapters by alias, as of now."""
         return dict(self._registered)
 
-    def read(self, folder: Path) -> Adapter:
-        """Read and check an adapter folder. Raises AdapterError, or AdapterNotFoundError when there is no folder."""
-        adapter = load_adapter(folder, self._base, max_lora_rank=self._max_lora_rank, lora_dtype=self._dtype)
+    def read(self, place: AdapterPlace) -> Adapter:
+        """Read and check an adapter folder.
+
+        Raises AdapterError, AdapterNotFoundError when there is no folder, or UnavailableError when a copy is gone.
+        """
+        with opened(place) as folder:
+            adapter = load_adapter(folder, self._base, max_lora_rank=self._max_lora_rank, lora_dtype=self._dtype)
         for name in adapter.frozen_copies:
-            log.info("%s: %s is a copy of the base's weight and is not used", folder.name, name)
+            log.info("%s: %s is a copy of the base's weight and is not used", place, name)
         with self._lock:
             adapter = self._alive.setdefault(adapter.digest, adapter)
             self._keep(adapter)
@@ -103,6 +107,10 @@ class AdapterStore:
             found = self._found(self._entry(alias))
             if found is not None:
                 return found
+
+    def holds(self, digest: str) -> bool:
+        """Whether an adapter is in memory. Does no I/O."""
+        return digest in self._host or digest in self._alive
 
     def drop_unnamed(self) -> None:
         """Let go of adapters that no alias names: they were read for something that then failed."""
@@ -172,7 +180,7 @@ class AdapterStore:
             self._host.popitem(last=False)
 
     @contextmanager
-    def _one_reader(self, folder: Path) -> Iterator[None]:
+    def _one_reader(self, folder: AdapterPlace) -> Iterator[None]:
         with self._lock:
             reading = self._reading.setdefault(folder, threading.Lock())
         try:

@@ -78,6 +78,9 @@ class CompositeEntry(StrictModel):
 class LoraOptions(StrictModel):
     """How many adapters a base model holds, and where more come from.
 
+    `dynamic_lora_loading_path` is a folder, or a bucket's address. Adapters from a bucket are kept in
+    `adapter_cache_path`, at most `adapter_cache_size` GB.
+
     `linears` says which layers can take an adapter without another compilation: those that a registered one targets, or
     all. An adapter for other layers is taken in both cases.
     """
@@ -89,6 +92,8 @@ class LoraOptions(StrictModel):
     lora_dtype: Literal["auto", "f32", "bf16"] = "auto"
     linears: Literal["registered", "all"] = "registered"
     dynamic_lora_loading_path: str | None = None
+    adapter_cache_path: LocalPath | None = None
+    adapter_cache_size: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 10.0
     pinned: list[Alias] = Field(default_factory=list)
 
 

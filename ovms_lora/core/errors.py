@@ -20,7 +20,7 @@ OvmsLoraError                    a one-line cause, and perhaps a hint what to do
     ├── ForbiddenError           the client's key does not open that model, adapter or composite
     ├── AdapterUnavailableError  the adapter that the request names cannot be loaded
     ├── QueueFullError           too many requests wait
-    ├── UnavailableError         starting, draining or stopped
+    ├── UnavailableError         starting, draining or stopped, or what is needed cannot be had now
     └── DeadlineExceededError    the request took longer than it may
 
 The server maps each class once to a status and to the shape of its dialect; the command line prints the message and
@@ -197,10 +197,10 @@ class QueueFullError(RequestError):
 
 
 class UnavailableError(RequestError):
-    """The server starts, drains or has stopped; `retry_after` is in seconds."""
+    """The server starts, drains or has stopped, or a bucket cannot be read; `retry_after` is in seconds."""
 
-    def __init__(self, message: str, *, retry_after: int = 5) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, hint: str | None = None, retry_after: int = 5) -> None:
+        super().__init__(message, hint=hint)
         self.retry_after = retry_after
 
 

@@ -22,6 +22,11 @@ def check_alias(alias: str) -> str:
     return alias
 
 
+def is_alias(name: str) -> bool:
+    """Whether a name may name an adapter or composite."""
+    return _ALIAS.fullmatch(name) is not None and name not in RESERVED_NAMES
+
+
 def check_model_name(name: str) -> str:
     """Return the name if it may name a model; raise ConfigError otherwise.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ovms_lora.adapters.sources import LoadingPath
 from ovms_lora.core.config import LoraOptions
 
 
@@ -28,12 +29,27 @@ class CompositeSpec:
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """All that config.json or the command line says of one base's runtime adapters."""
+    """All that config.json or the command line says of one base's runtime adapters.
+
+    `cache_folder` is where adapters from buckets are kept; None is the user's.
+    """
 
     options: LoraOptions = field(default_factory=LoraOptions)
     adapters: tuple[AdapterSpec, ...] = ()
     composites: tuple[CompositeSpec, ...] = ()
-    loading_path: Path | None = None
+    loading_path: LoadingPath | None = None
+    cache_folder: Path | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """How much of adapters from buckets is kept in `cache_folder`."""
+        return int(self.options.adapter_cache_size * 1e9)
+
+    def finds_as(self, other: LoraConfig) -> bool:
+        """Whether adapters that nobody has configured come from where they come in `other`."""
+        return all(
+            getattr(self, name) == getattr(other, name) for name in ("loading_path", "cache_folder", "cache_bytes")
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 
 from ovms_lora.adapters.adapter import Adapter
+from ovms_lora.adapters.bucket_source import StoredAdapter
+from ovms_lora.adapters.sources import AdapterPlace
 from ovms_lora.adapters.store import AdapterStore, Registered
 from ovms_lora.core.errors import (
     AdapterError,
@@ -29,6 +30,7 @@ from ovms_lora.core.request import AdapterUse
 from ovms_lora.engine.adapter_templates import AdapterTemplates
 from ovms_lora.engine.chat import ChatTemplate
 from ovms_lora.engine.graph_source import CompiledGraph, GraphSource
+from ovms_lora.engine.loading_path import LoadingPath, open_loading_path
 from ovms_lora.engine.lora_config import AdapterCard, AdapterSpec, CompositeSpec, LoraConfig
 from ovms_lora.engine.lora_graphs import LoraGraphs
 from ovms_lora.engine.lora_states import host_dtype
@@ -57,6 +59,7 @@ class LoraRuntime:
         self._changing = threading.RLock()
         self.graphs = LoraGraphs(source, options, self._dtype)
         self._register_all(config)
+        self._loading_path = open_loading_path(self, config)
 
     @property
     def failures(self) -> Mapping[str, OvmsLoraError]:
@@ -67,6 +70,11 @@ class LoraRuntime:
     def by_clients(self) -> tuple[AdapterSpec, ...]:
         """The adapters that `load` has brought and nothing has removed: no configuration names them so."""
         return tuple(self._by_clients.values())
+
+    @property
+    def loading_path(self) -> LoadingPath | None:
+        """Where adapters are found that nobody has configured."""
+        return self._loading_path
 
     @property
     def dtype(self) -> str:
@@ -94,10 +102,6 @@ class LoraRuntime:
         """Whether an adapter or composite is loaded under this name; does no I/O."""
         return name in self.store.registered or name in self._composites
 
-    def findable(self, name: str) -> bool:
-        """Whether the loading path holds an adapter folder of this name."""
-        return self._found(name) is not None
-
     def load(self, spec: AdapterSpec, *, replace: bool = False) -> None:
         """Load an adapter under its alias.
 
@@ -105,23 +109,44 @@ class LoraRuntime:
         ConfigError for an alias that is not allowed.
         """
         with self._changing:
-            self._add(spec, replace=replace)
+            self._add(spec.alias, spec.folder, alpha=spec.alpha, pinned=spec.pinned, replace=replace)
             self._by_clients[spec.alias] = spec
 
-    def _add(self, spec: AdapterSpec, *, replace: bool = False) -> None:
-        check_alias(spec.alias)
+    def take(self, path: LoadingPath, alias: str, place: AdapterPlace, *, replace: bool = False) -> None:
+        """Load an adapter of the loading path, in place of an earlier version with `replace`; others stay.
+
+        Raises what `load` does.
+        """
         with self._changing:
-            if spec.alias in self._composites or (spec.alias in self.store.registered and not replace):
+            before = self.store.registered.get(alias)
+            is_earlier = before is not None and isinstance(before.folder, StoredAdapter) and replace
+            if path is self._loading_path and (is_earlier or not self.has(alias)):
+                self._add(alias, place, replace=is_earlier)
+
+    def let_go(self, path: LoadingPath, place: AdapterPlace) -> None:
+        """Unload the adapter of the loading path that lies there; requests that use it run to their end with it."""
+        with self._changing:
+            for entry in self.store.registered.values() if path is self._loading_path else ():
+                if entry.folder == place:
+                    self.store.remove(entry.alias)
+            self._follow()
+
+    def _add(
+        self, alias: str, place: AdapterPlace, *, alpha: float = 1.0, pinned: bool = False, replace: bool = False
+    ) -> None:
+        check_alias(alias)
+        with self._changing:
+            if alias in self._composites or (alias in self.store.registered and not replace):
                 raise AdapterExistsError(
-                    f"The lora adapter '{spec.alias}' has already been loaded. "
+                    f"The lora adapter '{alias}' has already been loaded. "
                     "If you want to load the adapter in place, set 'load_inplace' to True."
                 )
-            before = self.store.registered.get(spec.alias)
+            before = self.store.registered.get(alias)
             with self._reading():
-                entry = self._read(spec)
+                entry = self._read(alias, place, alpha=alpha, pinned=pinned)
                 self.graphs.cover([*self.store.registered.values(), entry])
                 self.store.register(entry)
-            self._failures.pop(spec.alias, None)
+            self._failures.pop(alias, None)
             self._follow(sweep=before is not None and before.digest != entry.digest)
 
     def unload(self, alias: str) -> None:
@@ -148,25 +173,26 @@ class LoraRuntime:
         """
         with self._changing:
             loaded = self._untouched_by(config)
+            path = self._loading_path if config.finds_as(self._config) else open_loading_path(self, config)
             with self._reading():
                 entries = [self._read_named(spec) for spec in config.adapters if spec.alias not in loaded]
                 self.graphs.cover([*self.store.registered.values(), *entries], sums=bool(config.composites))
                 for entry in entries:
                     self.store.register(entry)
             kept = {entry.alias for entry in entries} | loaded.keys()
-            if config.loading_path == self._config.loading_path:
+            if path is self._loading_path:
                 kept |= self._found_on_path()
             # In this order: at no time does a composite that can be asked for lack an adapter.
             self._composites = {composite.alias: composite for composite in config.composites}
             for alias in self.store.registered.keys() - kept:
                 self.store.remove(alias)
-            self._config, self._by_clients = config, loaded
+            self._config, self._by_clients, self._loading_path = config, loaded, path
             self._failures.clear()
             self._follow()
 
     def _read_named(self, spec: AdapterSpec) -> Registered:
         try:
-            return self._read(spec)
+            return self._read(spec.alias, spec.folder, alpha=spec.alpha, pinned=spec.pinned)
         except AdapterError as error:
             raise AdapterError(error.code, f"adapter {spec.alias!r}: {error.message}", hint=error.hint) from error
 
@@ -236,7 +262,8 @@ class LoraRuntime:
         for spec in config.adapters:
             try:
                 with self._reading():
-                    self.store.register(self._read(spec))
+                    entry = self._read(spec.alias, spec.folder, alpha=spec.alpha, pinned=spec.pinned)
+                    self.store.register(entry)
             except OvmsLoraError as error:
                 # Its traceback, and that of what caused it, would keep the tensors that were read.
                 error.__cause__ = error.__context__ = None
@@ -252,24 +279,17 @@ class LoraRuntime:
         finally:
             self.store.drop_unnamed()
 
-    def _read(self, spec: AdapterSpec) -> Registered:
+    def _read(self, alias: str, place: AdapterPlace, *, alpha: float, pinned: bool) -> Registered:
         """Read and check an adapter. Its tensors are left to the store, which keeps as many as it may."""
-        adapter = self.store.read(spec.folder)
+        adapter = self.store.read(place)
         self._templates.of(adapter)
         self.graphs.check_rank(adapter.max_rank)
-        return Registered.of(spec.alias, spec.folder, adapter, alpha=spec.alpha, pinned=spec.pinned)
+        return Registered.of(alias, place, adapter, alpha=alpha, pinned=pinned)
 
     def _get(self, alias: str) -> tuple[Registered, Adapter]:
         try:
-            try:
-                return self._in_host(alias)
-            except UnknownAliasError:
-                if not self.findable(alias):
-                    raise
-            with self._changing:
-                folder = self._found(alias)
-                if alias not in self.store.registered and folder:
-                    self._add(AdapterSpec(alias, folder))
+            if self._loading_path is not None:
+                self._loading_path.bring(alias)
             return self._in_host(alias)
         except UnknownAliasError as error:
             raise ModelNotFoundError(alias) from error
@@ -287,16 +307,6 @@ class LoraRuntime:
                 self.graphs.cover(self.store.registered.values())
                 self._follow()
         return entry, adapter
-
-    def _found(self, name: str) -> Path | None:
-        if self._config.loading_path is None:
-            return None
-        try:
-            check_alias(name)
-        except ConfigError:
-            return None
-        folder = self._config.loading_path / name
-        return folder if (folder / "adapter_config.json").is_file() else None
 
     def _check_fits(self, uses: Sequence[AdapterUse]) -> None:
         """Refuse a blend that could never be resident, whatever else leaves."""

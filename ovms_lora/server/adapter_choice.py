@@ -5,7 +5,8 @@ Owns how `model`, `lora_alphas` and `lora` go together; strengths and files are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +58,19 @@ class AdapterChoice:
         """
         lora = selection.served.model.lora
         assert lora is not None, "only a model with runtime adapters has any to choose"
-        try:
+        with self.told(selection):
             if selection.alias is not None:
                 return lora.select(selection.alias, self.strengths)
             return lora.blend(self.blend or ())
+
+    @contextlib.contextmanager
+    def told(self, selection: Selection) -> Iterator[None]:
+        """Turn what loading adapters raises into what the client is told."""
+        try:
+            yield
         except ModelNotFoundError as error:
-            raise _unavailable(lora, error) from error
+            lora = selection.served.model.lora
+            raise _unavailable(lora, error) if lora else error from error
         except AdapterNotFoundError as error:  # its folder has gone since
             raise ModelNotFoundError(selection.alias or error.path) from error
 

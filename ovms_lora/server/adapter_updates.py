@@ -138,7 +138,7 @@ class AdapterUpdates:
     def _check_allowed(self, folder: Path, given: str, served: ServedModel) -> None:
         """Raise HTTPException 403 unless the folder, links resolved, lies in one that adapters may come from."""
         loading_path = served.spec.lora.loading_path if served.spec.lora else None
-        allowed = (*self._prefixes, *([loading_path] if loading_path else []))
+        allowed = (*self._prefixes, *([loading_path] if isinstance(loading_path, Path) else []))
         if not any(folder.is_relative_to(os.path.realpath(prefix)) for prefix in allowed):
             log.warning("refused to load an adapter from %s", ascii(given)[1:-1][:256])
             raise HTTPException(403, "lora_path is outside of the folders that adapters may be loaded from")

@@ -228,7 +228,7 @@ class Lifecycle:
         served = ServedModel(spec, model, bridge)
         await self._warm(served)
         log.info("model %s is available", spec.name)
-        _log_adapters(served)
+        await asyncio.to_thread(_log_adapters, served)
         return served
 
     async def _warm(self, served: ServedModel) -> None:
@@ -292,5 +292,7 @@ def _log_adapters(served: ServedModel) -> None:
     for alias, error in lora.failures.items():
         log.error("adapter %s of model %s cannot be loaded: %s", alias, served.name, error.message)
     path = served.spec.lora.loading_path if served.spec.lora else None
-    if path and not path.is_dir():
+    if isinstance(path, Path) and not path.is_dir():
         log.warning("the loading path %s of model %s is not a folder", path, served.name)
+    elif path and lora.loading_path:
+        log.info("the loading path %s of model %s has %d adapters", path, served.name, len(lora.loading_path.names()))

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter as Counts
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ovms_lora.core.errors import OvmsLoraError
+from ovms_lora.engine.loading_path import BucketPath, LoadingPath
 
 if TYPE_CHECKING:
     from ovms_lora.server.registry import ModelRegistry
@@ -127,6 +128,20 @@ class _Runtimes(Collector):
             requests.add_metric((str(max_loras), *map(_listed, states)), time.time())
         yield resident
         yield requests
+        yield from _downloads(lora.loading_path for _, lora, _ in loras if lora is not None)
+
+
+def _downloads(paths: Iterable[LoadingPath | None]) -> Iterator[Metric]:
+    """Give what came from buckets, and what the local cache holds of it."""
+    sources = [path.source for path in paths if isinstance(path, BucketPath)]
+    downloads = CounterMetricFamily("ovms_lora_downloads", "Adapters fetched from buckets", labels=("result",))
+    downloads.add_metric(("ok",), sum(source.counts.succeeded for source in sources))
+    downloads.add_metric(("error",), sum(source.counts.failed for source in sources))
+    yield downloads
+    fetched = sum(source.counts.nbytes for source in sources)
+    yield CounterMetricFamily("ovms_lora_download_bytes", "Bytes of adapters fetched from buckets", fetched)
+    kept = {source.cache.folder: source.cache.nbytes for source in sources}
+    yield GaugeMetricFamily("ovms_lora_cache_bytes", "Bytes of adapters in the local cache", sum(kept.values()))
 
 
 def _listed(counts: Counts[tuple[str, str]]) -> str:

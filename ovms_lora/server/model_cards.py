@@ -6,17 +6,11 @@ folders, so its functions are for a thread.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from ovms_lora.core.errors import ConfigError
-from ovms_lora.core.names import check_alias
 from ovms_lora.server.registry import ServedModel
 from ovms_lora.server.tenants import Tenant
-
-_MARK = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,31 +55,11 @@ def _adapter_cards(served: ServedModel, models: Iterable[ServedModel]) -> Iterat
     lora = served.model.lora
     if lora is None:
         return
+    path = lora.loading_path
+    found = path.names() if path else ()  # first: it lets go of what is gone
     for card in lora.cards():
         yield ModelCard(card.alias, card.root, served, served.name)
-    path = served.spec.lora.loading_path if served.spec.lora else None
-    if path is None:
-        return
     taken = {model.name for model in models}  # a model's name is no adapter's
-    for alias in _folders(path):
-        if alias not in taken and not lora.has(alias):
-            yield ModelCard(alias, str(path / alias), served, served.name)
-
-
-def _folders(path: Path) -> list[str]:
-    """Return the names of the adapter folders in `path`; none when it cannot be read."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(
-                entry.name for entry in entries if (path / entry.name / _MARK).is_file() and _fits(entry.name)
-            )
-    except OSError:
-        return []
-
-
-def _fits(name: str) -> bool:
-    try:
-        check_alias(name)
-    except ConfigError:
-        return False
-    return True
+    for alias in found:
+        if path and alias not in taken and not lora.has(alias):
+            yield ModelCard(alias, path.root(alias), served, served.name)

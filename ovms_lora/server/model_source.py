@@ -6,7 +6,7 @@ What a change of an entry means for a model that is served:
 
 | changed | done |
 |---|---|
-| adapters, composites, `pinned`, loading path, an adapter's files | the runtime applies it, the base stays |
+| adapters, composites, `pinned`, loading path and cache, an adapter's files | the runtime applies it, the base stays |
 | the other keys of `lora_options`; first or last of the LoRA keys | reloaded |
 | the folder, its version, its files, its device and properties, how it guesses | reloaded |
 """
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from ovms_lora.adapters.sources import LoadingPath, loading_path
 from ovms_lora.core.config import LoraOptions, ModelEntry, read_server_config
 from ovms_lora.core.config_fault import fault_of
 from ovms_lora.core.errors import ConfigError
@@ -71,8 +72,8 @@ class ModelSpec:
         return self._base() == other._base()
 
     def _base(self) -> tuple[Any, ...]:
-        live: dict[str, Any] = {"pinned": [], "dynamic_lora_loading_path": None}
-        options = self.lora.options.model_copy(update=live) if self.lora else None
+        live = ("pinned", "dynamic_lora_loading_path", "adapter_cache_path", "adapter_cache_size")
+        options = self.lora.options.model_dump(exclude=set(live)) if self.lora else None
         device, graph_path = self.entry.target_device, self.entry.graph_path
         return self.folder, self.files, device, graph_path, self.plugin_config, options, self.speculation
 
@@ -95,7 +96,7 @@ class LoraDefaults:
 
     enable: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    loading_path: Path | None = None
+    loading_path: LoadingPath | None = None
     modules: tuple[LoraModule, ...] = ()
 
 
@@ -212,7 +213,7 @@ def _lora_config(
     except ValidationError as error:
         fault = fault_of(error)
         raise ConfigError(f"lora_options of {entry.name!r}: {fault.place}: {fault.message}", hint=fault.hint) from error
-    path = options.dynamic_lora_loading_path
+    path, cache = options.dynamic_lora_loading_path, options.adapter_cache_path
     configured = [
         AdapterSpec(adapter.alias, (root / adapter.path).absolute(), adapter.alpha, adapter.alias in options.pinned)
         for adapter in entry.lora_adapters
@@ -225,26 +226,16 @@ def _lora_config(
             for composite in entry.composite_lora_adapters
         ),
         loading_path=defaults.loading_path if path is None else _loading_path(path, root, entry),
+        cache_folder=None if cache is None else (root / cache).absolute(),
     )
 
 
-def _loading_path(path: str, root: Path, entry: ModelEntry) -> Path:
+def _loading_path(path: str, root: Path, entry: ModelEntry) -> LoadingPath:
     try:
-        return local_folder(path, root)
+        return loading_path(path, root)
     except ConfigError as error:
         where = f"lora_options.dynamic_lora_loading_path of {entry.name!r}"
         raise ConfigError(f"{where}: {error.message}", hint=error.hint) from error
-
-
-def local_folder(path: str, root: Path) -> Path:
-    """Return a loading path as an absolute folder. Raises ConfigError for a bucket."""
-    scheme, mark, _ = path.partition("://")
-    if mark:
-        raise ConfigError(
-            f"loading adapters from {scheme}:// is not supported yet",
-            hint="give a local folder; buckets need ovms-lora[ray], which comes later",
-        )
-    return (root / path).absolute()
 
 
 def _modules_by_model(entries: tuple[ModelEntry, ...], defaults: LoraDefaults) -> dict[str, list[LoraModule]]:

@@ -14,6 +14,7 @@ from ovms_lora.core.errors import ForbiddenError, ModelNotFoundError, Unavailabl
 from ovms_lora.core.request import AdapterUse
 from ovms_lora.server.adapter_choice import AdapterChoice
 from ovms_lora.server.adapter_updates import AdapterUpdates
+from ovms_lora.server.arrivals import arrive, is_found
 from ovms_lora.server.constraints import AskedConstraint
 from ovms_lora.server.lifecycle import Lifecycle
 from ovms_lora.server.metrics import Metrics
@@ -58,15 +59,15 @@ class ServerState:
     async def _find(self, model: str) -> Selection:
         try:
             return self.registry.resolve(model)
-        except ModelNotFoundError:
+        except ModelNotFoundError as unknown:
+            failure: ModelNotFoundError | UnavailableError = unknown
             for selection in self.registry.on_loading_paths(model):
-                lora = selection.served.model.lora
-                if lora is None or selection.alias is None:
-                    continue
-                found: bool = await self.workers.block(lora.findable, selection.alias)
-                if found:
-                    return selection
-            raise
+                try:
+                    if await is_found(selection, self.workers):
+                        return selection
+                except UnavailableError as error:
+                    failure = error
+            raise failure from None
 
     async def constraint(self, selection: Selection, asked: AskedConstraint | None) -> TokenConstraint | None:
         """Return what the text of a request must match, compiled. Raises InvalidFieldError when it does not compile."""
@@ -92,6 +93,8 @@ class ServerState:
         with contextlib.ExitStack() as measured:
             for name in missing:
                 measured.enter_context(self.metrics.lora.loading(name, is_known=name in lora.failures))
+            with choice.told(selection):
+                await arrive(lora, names, self.workers)
             return await self.workers.block(choice.uses, selection)
 
 

@@ -334,7 +334,8 @@ class RegistryMachine(RuleBasedStateMachine):
         if content != NOTHING:
             folder.mkdir()
             (folder / "adapter_config.json").touch()
-        assert self.runtime.findable(alias) == (content != NOTHING)
+        assert self.runtime.loading_path
+        assert self.runtime.loading_path.find(alias) == (content != NOTHING)
 
     @precondition(lambda self: self.known)
     @rule(data=st.data(), count=st.integers(0, 3))
@@ -444,7 +445,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if not hasattr(self, "stepper"):
             return
         found = self.runtime.store.registered
-        assert {a: Known(e.folder, e.digest, e.alpha, e.pinned) for a, e in found.items()} == self.known
+        assert {a: Known(cast(Path, e.folder), e.digest, e.alpha, e.pinned) for a, e in found.items()} == self.known
         cards = {card.alias: card for card in self.runtime.cards()}
         assert cards.keys() == self.known.keys() | self.composites.keys()
         for alias, known in self.known.items():

@@ -155,9 +155,10 @@ async def test_a_bad_adapter_of_a_base_that_stays_is_named(tmp_path: Path) -> No
         assert [await status(served, name) for name in ("sql", "mix", "bad")] == [200, 200, 404]
 
 
-async def test_a_bucket_as_loading_path_is_refused_with_its_place(tmp_path: Path) -> None:
+async def test_credentials_in_a_loading_path_are_refused_with_its_place(tmp_path: Path) -> None:
     async with serving(source=write_lora_config(tmp_path)) as served:
-        path = write_lora_config(tmp_path, lora_options={"dynamic_lora_loading_path": "s3://bucket/loras"})
+        path = write_lora_config(tmp_path, lora_options={"dynamic_lora_loading_path": "s3://key:secret@bucket/loras"})
         code, answer = await reload(served)
         place = f"{path}: lora_options.dynamic_lora_loading_path of 'base'"
         assert (code, answer["error"].startswith(f"Reloading config file failed. {place}: ")) == (412, True)
+        assert "secret" not in answer["error"]

@@ -283,10 +283,10 @@ def test_admin_keys(started: Started, tmp_path: Path, monkeypatch: pytest.Monkey
         (["--enable-lora", "--max-lora-rank", "257"], 1, "lora_options of 'm'", None),
         (["--enable-lora", "--lora-dtype", "f64"], 2, "invalid choice: 'f64'", None),
         (
-            ["--enable-lora", "--dynamic-lora-loading-path", "s3://b/l"],
+            ["--enable-lora", "--dynamic-lora-loading-path", "ftp://bucket/loras"],
             2,
-            "from s3:// is not supported",
-            "ovms-lora[ray]",
+            "adapters are not loaded from ftp://",
+            "s3://bucket/loras",
         ),
         (["--lora-path-prefix", "/"], 2, "needs --allow-runtime-lora-updating", None),
         (["--allow-runtime-lora-updating", "--lora-path-prefix", "/nope"], 2, "/nope is not a folder", None),
