@@ -159,8 +159,8 @@ def _doubling(most: int) -> Iterator[int]:
     yield most
 
 
-def main() -> None:
-    """Measure one model and write its profile."""
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags."""
     parser = argparse.ArgumentParser(prog="python -m bench.replica_profile", description=__doc__)
     parser.add_argument("--model", required=True, help=f"a model folder, or {', '.join(MODELS)}")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -168,7 +168,12 @@ def main() -> None:
     parser.add_argument("--max_adapters", type=int, default=4, help="different adapters in one batch (max_loras)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapters")
     parser.add_argument("--threads", type=int, help="threads of a replica (default: OpenVINO's choice)")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure one model and write its profile."""
+    options = parser().parse_args()
     extent = Extent(options.max_rows, options.max_adapters, options.rank)
     model = MODELS[options.model]() if options.model in MODELS else Path(options.model)
     answers = Waiter()
