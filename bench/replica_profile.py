@@ -11,9 +11,10 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from ovms_lora.scale.plan.replica_profile import PrefillPoint, ReplicaProfile, S
 
 _PROMPTS = (16, 64, 128, 256)
 _NAMES = itertools.count()
+Point = TypeVar("Point", StepPoint, PrefillPoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,8 @@ class Extent:
     max_rows: int = 8
     max_adapters: int = 4
     rank: int = 16
-    tokens: int = 24
-    rounds: int = 3
+    tokens: int = 16
+    rounds: int = 2
 
 
 class ReplicaMeter:
@@ -117,22 +119,24 @@ class ReplicaMeter:
         return self._answers.all(len(asked))
 
 
-def mean_profile(one: ReplicaProfile, other: ReplicaProfile) -> ReplicaProfile:
-    """Return the mean of two profiles with the same points: of a machine before and after."""
+def mean_profile(profiles: Sequence[ReplicaProfile]) -> ReplicaProfile:
+    """Return the mean of profiles with the same points: of a machine at different times."""
 
-    def mean(a: float, b: float) -> float:
-        return (a + b) / 2
+    def mean(points: Iterable[tuple[Point, ...]]) -> tuple[Point, ...]:
+        columns = zip(*points, strict=True)
+        return tuple(
+            column[0].model_copy(update={"seconds": statistics.fmean(point.seconds for point in column)})
+            for column in columns
+        )
 
-    steps = [
-        a.model_copy(update={"seconds": mean(a.seconds, b.seconds)})
-        for a, b in zip(one.steps, other.steps, strict=True)
-    ]
-    prefill = [
-        a.model_copy(update={"seconds": mean(a.seconds, b.seconds)})
-        for a, b in zip(one.prefill, other.prefill, strict=True)
-    ]
-    times = {name: mean(getattr(one, name), getattr(other, name)) for name in ("bring_in_seconds", "load_seconds")}
-    return one.model_copy(update={"steps": tuple(steps), "prefill": tuple(prefill), **times})
+    return profiles[0].model_copy(
+        update={
+            "steps": mean(profile.steps for profile in profiles),
+            "prefill": mean(profile.prefill for profile in profiles),
+            "bring_in_seconds": statistics.fmean(profile.bring_in_seconds for profile in profiles),
+            "load_seconds": statistics.fmean(profile.load_seconds for profile in profiles),
+        }
+    )
 
 
 def kv_bytes_per_token(engine: TimedEngine) -> int:
