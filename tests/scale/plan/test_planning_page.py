@@ -20,5 +20,5 @@ def test_the_example_prints_the_table_of_the_page(
     monkeypatch.chdir(ROOT)
     found = re.search(r"```sh\n(\.venv/bin/ovms-lora plan .*?)```\n+```text\n(.*?)```", PAGE, re.DOTALL)
     assert found
-    assert cli.main(shlex.split(found[1])[1:]) == 0
+    assert cli.main(shlex.split(found[1].replace("\\\n", " "))[1:]) == 0
     assert capsys.readouterr().out == found[2]
