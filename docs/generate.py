@@ -27,6 +27,7 @@ from ovms_lora.engine.lora_config import AdapterCard, LoraConfig
 from ovms_lora.engine.speculation import SpeculationStats
 from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import build_parser
+from ovms_lora.scale.plan.plan_cli import plan_parser
 from ovms_lora.server.limit_flags import MEANINGS
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.options import Limits
@@ -65,6 +66,7 @@ def command_line() -> str:
     text += _command("ovms-lora check", cli._check_parser())
     text += _command("ovms-lora list", repository_cli.list_parser())
     text += _command("ovms-lora remove", repository_cli.remove_parser())
+    text += _command("ovms-lora plan", plan_parser())
     text += _command("export_model.py text_generation", tasks.choices["text_generation"])
     return text + "\n`ovms-lora export text_generation` is the same command.\n"
 

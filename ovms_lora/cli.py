@@ -54,6 +54,10 @@ def _run(arguments: list[str]) -> int:
         from ovms_lora.export import repository_cli
 
         return repository_cli.run(arguments[0], arguments[1:])
+    if arguments[:1] == ["plan"]:
+        from ovms_lora.scale.plan import plan_cli
+
+        return plan_cli.run(arguments[1:])
     parser = FlagParser(prog="ovms-lora", description="Serve language models with LoRA adapters on OpenVINO.")
     parser.add_argument("--version", action="version", version=f"ovms-lora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -62,6 +66,7 @@ def _run(arguments: list[str]) -> int:
     commands.add_parser("check", help="say whether a model, an adapter or a config.json can be served")
     commands.add_parser("list", help="say what a model repository holds")
     commands.add_parser("remove", help="take an exported model out of config.json and off the disk")
+    commands.add_parser("plan", help="predict how many replicas a load needs")
     parser.parse_all(arguments)
     return 0
 

@@ -18,10 +18,12 @@ from typing import Any
 
 import pytest
 
+from bench import replica_profile
 from ovms_lora import cli
 from ovms_lora.core.config import parse_server_config, read_server_config
 from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import parse_request
+from ovms_lora.scale.plan.plan_cli import plan_parser, scenario_of
 from ovms_lora.server import v1_fields, v3_fields
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import SingleModel
@@ -92,6 +94,10 @@ def check_command(words: list[str]) -> None:
             repository_cli.list_parser().parse_all(arguments)
         case [".venv/bin/ovms-lora", "remove", *arguments]:
             repository_cli.remove_parser().parse_all(arguments)
+        case [".venv/bin/ovms-lora", "plan", *arguments]:
+            scenario_of(plan_parser().parse_all(arguments))
+        case [".venv/bin/python", "-m", "bench.replica_profile", *arguments]:
+            replica_profile.parser().parse_args(arguments)
         case ["python3", "-m", "venv", ".venv"] | ["docker", *_]:
             pass  # docker: tests/docker/test_docker_files.py
         case [".venv/bin/pip", "install", *arguments]:

@@ -7,6 +7,7 @@ OvmsLoraError                    a one-line cause, and perhaps a hint what to do
 │   └── ConfigUnreadableError    there is no such file, or it cannot be read
 ├── ModelFolderError             a folder is not a model that can be served
 ├── ExportError                  an export cannot be done, or failed
+├── PlanError                    a capacity plan cannot be made of these measurements
 ├── AdapterError                 an adapter is bad in itself; `code` says how (contract section 5)
 ├── AdapterNotFoundError         there is no adapter folder at a path
 │   └── UnknownAliasError        no adapter is loaded under an alias
@@ -71,6 +72,10 @@ class ModelFolderError(OvmsLoraError):
 
 class ExportError(OvmsLoraError):
     """An export cannot be done, or failed."""
+
+
+class PlanError(OvmsLoraError):
+    """A file of measurements or rates cannot be used, or nothing can be planned with it."""
 
 
 class AdapterErrorCode(StrEnum):
