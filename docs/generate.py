@@ -30,6 +30,7 @@ from ovms_lora.server.limit_flags import MEANINGS
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.options import Limits
 from ovms_lora.server.registry import ModelRegistry
+from ovms_lora.server.serve_flags import serve_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 _NOTE = "Written by `make docs`; do not edit."
@@ -60,7 +61,7 @@ def command_line() -> str:
     exporter = build_parser("export_model.py")
     tasks = next(action for action in exporter._actions if isinstance(action, argparse._SubParsersAction))
     text = f"# Command line\n\n{_NOTE}\n\nEvery flag may be written with `_` or with `-`.\n"
-    text += _command("ovms-lora serve", cli._serve_parser())
+    text += _command("ovms-lora serve", serve_parser())
     text += _command("ovms-lora check", cli._check_parser())
     text += _command("ovms-lora list", repository_cli.list_parser())
     text += _command("ovms-lora remove", repository_cli.remove_parser())

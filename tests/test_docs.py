@@ -26,6 +26,7 @@ from ovms_lora.server import v1_fields, v3_fields
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import SingleModel
 from ovms_lora.server.options import ServerOptions
+from ovms_lora.server.serve_flags import model_source, serve_parser
 from tests.server.serving import FakeModels
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def check_command(words: list[str]) -> None:
         case [".venv/bin/python", "export_model.py", *arguments] | [".venv/bin/ovms-lora", "export", *arguments]:
             parse_request(arguments, "export_model.py")
         case [".venv/bin/ovms-lora", "serve", *arguments]:
-            cli._model_source(cli._serve_parser().parse_all(arguments))
+            model_source(serve_parser().parse_all(arguments))
         case [".venv/bin/ovms-lora", "check", *arguments]:
             cli._check_parser().parse_all(arguments)
         case [".venv/bin/ovms-lora", "list", *arguments]:
