@@ -8,11 +8,11 @@ Owns how the deployments are put together and what Serve is told of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from ray import serve
 from ray.serve import Application, Deployment
-from ray.serve.config import RequestRouterConfig
 
 from ovms_lora.scale.config import ENGINE, INGRESS, LEDGER, ScaleConfig
 from ovms_lora.scale.flags import config_of
@@ -25,6 +25,8 @@ _STATS_SECONDS = 1.0
 _HEALTH_SECONDS = 2.0
 # How often a replica that stops looks whether it has answered everything.
 _DRAINED_SECONDS = 0.2
+# Requests are logged by us, with their ids.
+_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 # Each replica has a question open at the ledger.
 _FOLLOWERS = 100_000
 
@@ -36,39 +38,44 @@ def build_app(config: ScaleConfig | Mapping[str, Any]) -> Application:
     """
     if not isinstance(config, ScaleConfig):
         config = config_of(config)
-    config.source.read()
-    engines = _engines(config).bind(config)
-    ledger = _always_one(Ledger, LEDGER, max_ongoing_requests=_FOLLOWERS).bind(config, engines)
-    ingress = _always_one(serve.ingress()(Ingress), INGRESS, max_ongoing_requests=config.options.limits.connections)
-    return ingress.options(graceful_shutdown_timeout_s=config.options.limits.drain_seconds).bind(
-        config, engines, ledger
+    # A copy: what reading leaves in a source must not make the same configuration look like another one.
+    copy(config.source).read()
+    options, limits = config.options, config.options.limits
+    engines = _engines(config).bind(config.replica_options, config.source, config.threads)
+    ledger = _small(Ledger, LEDGER, max_ongoing_requests=_FOLLOWERS)
+    ingress = _small(
+        serve.ingress()(Ingress),
+        INGRESS,
+        max_ongoing_requests=limits.connections,
+        graceful_shutdown_timeout_s=limits.drain_seconds,
     )
+    return ingress.bind(options, engines, ledger.bind(options, engines))
 
 
 def _engines(config: ScaleConfig) -> Deployment:
     limits = config.options.limits
-    return serve.deployment(EngineReplica).options(
-        name=ENGINE,
+    return _deployment(
+        EngineReplica,
+        ENGINE,
         max_ongoing_requests=limits.connections,
         max_queued_requests=limits.waiting_requests,
         ray_actor_options={"num_cpus": config.num_cpus},
         health_check_period_s=_HEALTH_SECONDS,
-        graceful_shutdown_wait_loop_s=_DRAINED_SECONDS,
         graceful_shutdown_timeout_s=limits.drain_seconds,
-        request_router_config=RequestRouterConfig(
-            request_router_class=_ROUTER,
-            request_router_kwargs={"target_ongoing_requests": config.target_ongoing_requests},
-            request_routing_stats_period_s=_STATS_SECONDS,
-        ),
+        request_router_config={
+            "request_router_class": _ROUTER,
+            "request_router_kwargs": {"target_ongoing_requests": config.target_ongoing_requests},
+            "request_routing_stats_period_s": _STATS_SECONDS,
+        },
         **config.scaling,
     )
 
 
-def _always_one(kind: type, name: str, *, max_ongoing_requests: int) -> Deployment:
+def _small(kind: type, name: str, **settings: Any) -> Deployment:
     """Return a deployment that computes little: no processor is reserved for it."""
-    return serve.deployment(kind).options(
-        name=name,
-        max_ongoing_requests=max_ongoing_requests,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_wait_loop_s=_DRAINED_SECONDS,
-    )
+    return _deployment(kind, name, ray_actor_options={"num_cpus": 0}, **settings)
+
+
+def _deployment(kind: type, name: str, **settings: Any) -> Deployment:
+    ending = {"graceful_shutdown_wait_loop_s": _DRAINED_SECONDS, "graceful_shutdown_timeout_s": _DRAINED_SECONDS}
+    return serve.deployment(name=name, logging_config=_LOGGING, **{**ending, **settings})(kind)

@@ -13,11 +13,11 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
 from ovms_lora.core.errors import DeadlineExceededError, EngineError, OvmsLoraError, QueueFullError, UnavailableError
@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 # How long a request waits for a replica that takes it; when the last one has died, another needs about as long.
 _TAKEN_SECONDS = 10.0
+_PROBED_SECONDS = 2.0
 _METRICS_SECONDS = 5.0
 # The replica itself keeps the deadline of a request; this is for one that does not come to it.
 _GRACE_SECONDS = 5.0
@@ -76,9 +77,11 @@ class Engines:
 
     async def _ask(self, request: Forwarded, key: str) -> AsyncGenerator[Message]:
         """Yield what one replica answers. Raises RayActorError when it is gone."""
-        response = self._answering.options(multiplexed_model_id=key).remote(request)
+        called = self._answering.options(multiplexed_model_id=key).remote(request)
+        response = cast("DeploymentResponseGenerator[list[Message]]", called)
         try:
-            await _within(_TAKEN_SECONDS, anext(response), UnavailableError("no replica takes the request now"))
+            patience = _PROBED_SECONDS if request.is_probe else _TAKEN_SECONDS
+            await _within(patience, anext(response), UnavailableError("no replica takes the request now"))
             late = DeadlineExceededError("the request took longer than it may")
             deadline = asyncio.get_running_loop().time() + self._limits.request_seconds + _GRACE_SECONDS
             while batch := await _within(deadline - asyncio.get_running_loop().time(), anext(response, None), late):
@@ -92,7 +95,7 @@ class Engines:
             log.exception("a replica failed")
             raise EngineError("the replica failed; its log says how") from error
         finally:
-            response.cancel()
+            response.cancel()  # type: ignore[no-untyped-call]
 
 
 async def _within(seconds: float, work: Awaitable[T], otherwise: OvmsLoraError) -> T:

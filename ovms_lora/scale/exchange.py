@@ -6,14 +6,14 @@ Owns the form of both and how an application is run for them. Knows neither Ray 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-log = logging.getLogger(__name__)
+from ovms_lora.server.disconnect import ClientGoneError
+from ovms_lora.server.health import PROBES
 
 # Of an ASGI scope what a request says; the rest belongs to the process that received it.
 _CARRIED = (
@@ -37,6 +37,11 @@ class Forwarded:
         given = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
         carried = {key: scope[key] for key in _CARRIED if key in scope}
         return cls(carried, (*given, (b"x-request-id", request_id.encode("ascii"))), body, version)
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether somebody asks for the state of things, and not for long."""
+        return self.scope["path"] in PROBES
 
     def as_scope(self) -> Scope:
         """Return the request as an application gets it."""
@@ -98,13 +103,13 @@ class Exchange:
 _RUNNING: set[asyncio.Task[None]] = set()
 
 
-async def received_body(receive: Receive) -> bytes | None:
-    """Return the whole body of a request; None when the client leaves before it has sent everything."""
+async def received_body(receive: Receive) -> bytes:
+    """Return the whole body of a request. Raises ClientGoneError when the client leaves before it has sent that."""
     parts: list[bytes] = []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return None
+            raise ClientGoneError
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)

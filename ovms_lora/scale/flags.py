@@ -32,7 +32,7 @@ def ray_parser() -> FlagParser:
         ("max_replicas", "so many at most"),
         (
             "target_ongoing_requests",
-            f"requests that fill a replica: others with room are preferred, and autoscaling aims at it (default {TARGET})",
+            f"requests that fill a replica: then others are preferred, and autoscaling adds one (default {TARGET})",
         ),
     )
     for name, text in numbers:

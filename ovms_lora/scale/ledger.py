@@ -20,12 +20,12 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Message
 
 from ovms_lora.scale.changes import Change, ChangeKind, ChangeLog, History, newest
-from ovms_lora.scale.config import ScaleConfig
 from ovms_lora.scale.engines import Engines
 from ovms_lora.scale.exchange import Forwarded
 from ovms_lora.server import logs
 from ovms_lora.server.body import parse_object
 from ovms_lora.server.lora_routes import unwanted_alias, wanted_adapter
+from ovms_lora.server.options import ServerOptions
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ _POLL_SECONDS = 30.0
 class Ledger:
     """Serve makes it and calls its methods, all on one event loop."""
 
-    async def __init__(self, config: ScaleConfig, engines: DeploymentHandle[Any]) -> None:
-        logs.configure(config.options.log_level)
-        self._engines = Engines(engines, config.options.limits)
+    async def __init__(self, options: ServerOptions, engines: DeploymentHandle[Any]) -> None:  # type: ignore[misc] # Serve awaits it
+        logs.configure(options.log_level)
+        self._engines = Engines(engines, options.limits)
         self._log = ChangeLog()
         self._changing = asyncio.Lock()
         self._told = asyncio.Condition()

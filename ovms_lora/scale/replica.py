@@ -20,13 +20,15 @@ from starlette.types import ASGIApp, Message
 from ovms_lora.core.errors import EngineError, OvmsLoraError, UnavailableError
 from ovms_lora.engine.model import load_model, read_options
 from ovms_lora.scale.changes import History
-from ovms_lora.scale.config import LEDGER, ScaleConfig
+from ovms_lora.scale.config import LEDGER
 from ovms_lora.scale.exchange import Exchange, Forwarded
 from ovms_lora.scale.follower import LedgerFollower
 from ovms_lora.scale.holdings import Report
 from ovms_lora.server import logs
 from ovms_lora.server.app import build_app
 from ovms_lora.server.errors import error_style
+from ovms_lora.server.model_source import ModelSource
+from ovms_lora.server.options import ServerOptions
 from ovms_lora.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -41,12 +43,10 @@ _START_SECONDS = 0.05
 class EngineReplica:
     """One replica; Serve makes it and calls its methods, all on one event loop."""
 
-    async def __init__(self, config: ScaleConfig) -> None:
-        logs.configure(config.options.log_level)
+    async def __init__(self, options: ServerOptions, source: ModelSource, threads: int) -> None:  # type: ignore[misc] # Serve awaits it
+        logs.configure(options.log_level)
         self._failures: list[OvmsLoraError] = []
-        self._app = build_app(
-            config.replica_options, config.source, partial(_load, config.threads), on_failure=self._failures.append
-        )
+        self._app = build_app(options, source, partial(_load, threads), on_failure=self._failures.append)
         self._server: ServerState = self._app.state.server
         self._life = contextlib.AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))

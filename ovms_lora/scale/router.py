@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from ovms_lora.scale.holdings import Holdings
 from ovms_lora.scale.routing_policy import KnownReplicas, preferences
@@ -46,7 +46,7 @@ class AdapterRouter(RequestRouter):
         super().update_replicas(replicas)
         self._holdings.keep(replica.replica_id.unique_id for replica in replicas)
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Note where a request went."""
         del result
         name = replica_id.unique_id

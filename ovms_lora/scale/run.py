@@ -73,7 +73,7 @@ def _ray(address: str | None) -> Iterator[None]:
         yield
     finally:
         if address is None:
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 
 
