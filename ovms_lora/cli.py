@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ovms_lora import __version__
@@ -35,6 +36,8 @@ def _run(arguments: list[str]) -> int:
         return int(export_main(arguments[1:], prog="ovms-lora export"))
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
+    if arguments[:1] == ["ray"]:
+        return _ray(arguments[1:])
     if arguments[:1] == ["check"]:
         return _check(_check_parser().parse_all(arguments[1:]))
     if arguments[:1] in (["list"], ["remove"]):
@@ -45,6 +48,7 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"ovms-lora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("serve", help="answer requests over HTTP")
+    commands.add_parser("ray", help="answer requests over HTTP with several replicas, on Ray Serve")
     commands.add_parser("export", help="make a model folder from a model and adapters")
     commands.add_parser("check", help="say whether a model, an adapter or a config.json can be served")
     commands.add_parser("list", help="say what a model repository holds")
@@ -77,6 +81,19 @@ def _serve(words: Sequence[str]) -> int:
     from ovms_lora.server.serve import serve
 
     serve(monitored(options, arguments), source, load_model)
+    return 0
+
+
+def _ray(words: Sequence[str]) -> int:
+    from ovms_lora.scale.flags import ray_parser, scale_config
+
+    arguments = ray_parser().parse_all(words)
+    config = scale_config(arguments)
+    if find_spec("ray") is None:
+        raise UsageError("Ray is not installed", hint='pip install "ovms-lora[ray]"')
+    from ovms_lora.scale.run import run
+
+    run(config, arguments.address)
     return 0
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
-from ovms_lora.core.errors import ConfigError
+from ovms_lora.core.errors import ConfigError, EngineError
 from ovms_lora.scale.app import build_app
 from ovms_lora.scale.config import APPLICATION, ScaleConfig
 from ovms_lora.server import logs
@@ -36,21 +37,30 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 def run(config: ScaleConfig, address: str | None) -> None:
     """Serve until a signal comes.
 
-    Raises ConfigError when the configuration is not usable, the port is taken or the cluster cannot be reached.
+    Raises ConfigError when the configuration is not usable, the port is taken or the cluster cannot be reached, and
+    EngineError when no replica comes up.
     """
     logs.configure(config.options.log_level)
     application = build_app(config)
     with bind(config.options.host, config.options.port) as listener:
         url, port = url_of(listener), listener.getsockname()[1]
-    with _ray(address), _signals() as stop:
+    with _ray(address), _signals() as signals:
         serve.start(http_options={"host": config.options.host, "port": port})
         try:
-            serve.run(application, name=APPLICATION, route_prefix="/")
+            _deploy(application)
             print(f"ready: {url} serving with {_number(config)}", file=sys.stderr, flush=True)
-            stop.wait()
+            signals.wait()
             _drain()
         finally:
             serve.delete(APPLICATION)
+
+
+def _deploy(application: Application) -> None:
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:  # what Serve says when it gives up on an application
+        reason = str(error).strip().splitlines()[-1]
+        raise EngineError(f"the replicas do not start: {reason}", hint="the lines above say why") from error
 
 
 def _number(config: ScaleConfig) -> str:
@@ -77,20 +87,37 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Give an event that the first signal sets; the second one ends the process."""
-    stop = threading.Event()
+class _Signals:
+    """Until the wait begins the first signal ends the process; then it ends the wait, and the second one the process.
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
+    Ray's own handlers would leave no time to take anything down.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = False
+        self._came = threading.Event()
+
+    def wait(self) -> None:
+        """Wait for the first signal."""
+        self._waiting = True
+        self._came.wait()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal."""
         del frame
-        if stop.is_set():
+        if self._came.is_set():
             os._exit(128 + number)
-        stop.set()
+        self._came.set()
+        if not self._waiting:
+            raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    signals = _Signals()
+    before = {number: signal.signal(number, signals.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -28,7 +28,7 @@ def test_requests_stick_to_the_replica_that_holds_their_adapter(fleet: Fleet) ->
 def test_requests_for_a_cold_adapter_that_come_together_bring_it_in_once(fleet: Fleet) -> None:
     alias = COLD[10]
     fleet.many(*[alias] * TARGET, at_once=TARGET)
-    assert list(+fleet.served(alias)) == [*(+fleet.served(alias))][:1]
+    assert len(+fleet.served(alias)) == 1
 
 
 def test_requests_of_a_busy_holder_go_to_another_replica(fleet: Fleet) -> None:
@@ -41,9 +41,9 @@ def test_requests_of_a_busy_holder_go_to_another_replica(fleet: Fleet) -> None:
 
 
 def test_requests_of_the_base_go_anywhere(fleet: Fleet) -> None:
-    before = fleet.samples("ovms_responses_total", name=BASE)
+    before = fleet.samples("ovms_responses", name=BASE)
     fleet.many(*[BASE] * 40)
-    after = fleet.samples("ovms_responses_total", name=BASE)
+    after = fleet.samples("ovms_responses", name=BASE)
     assert all(after[replica] - before.get(replica, 0) >= 5 for replica in after)
     assert len(after) == 2
 
