@@ -55,8 +55,11 @@ def _first_tokens(direct: int, one: int) -> dict[str, float]:
 def _rates(one: int, two: int) -> dict[str, float]:
     """Return medians of tokens per second, and of the ratio within a round."""
     rounds = [(_rate(one), _rate(two)) for _ in range(_ROUNDS + 1)][1:]
-    medians = {name: statistics.median(values) for name, values in zip(("one", "two"), zip(*rounds), strict=True)}
-    return {**medians, "ratio": statistics.median(second / first for first, second in rounds)}
+    return {
+        "one": statistics.median(first for first, _ in rounds),
+        "two": statistics.median(second for _, second in rounds),
+        "ratio": statistics.median(second / first for first, second in rounds),
+    }
 
 
 def _rate(port: int) -> float:

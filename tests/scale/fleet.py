@@ -21,6 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from safetensors.numpy import load_file, save_file
 
+from ovms_lora.core.config import EngineOptions
+from ovms_lora.core.graph_pbtxt import render_graph
 from ovms_lora.scale import build_app
 from ovms_lora.scale.config import APPLICATION, ENGINE, ScaleConfig
 from ovms_lora.scale.flags import config_of
@@ -29,6 +31,8 @@ from tests.engine.lora_models import PRECISE, Base
 
 MAX_LORAS = 4
 TARGET = 4
+MAX_SEQUENCES = 16
+WAITING = 8
 COLD = tuple(f"cold-{number}" for number in range(40))  # adapters on the loading path
 BASE, SQL = "tiny", "sql"
 KEY, ADMIN = "some-key", "admin-key"
@@ -47,6 +51,8 @@ def write_repository(base: Base, folder: Path) -> Path:
         "lora_adapters": [{"alias": SQL, "path": f"loras/{SQL}"}],
         "lora_options": {"max_loras": MAX_LORAS, "dynamic_lora_loading_path": "cold"},
     }
+    graph = render_graph(EngineOptions(max_num_seqs=MAX_SEQUENCES))
+    (base.folder / "graph.pbtxt").write_text(graph)
     path = folder / "config.json"
     path.write_text(json.dumps({"model_config_list": [{"config": entry}]}))
     return path
@@ -80,7 +86,14 @@ def cluster(port: int) -> Iterator[None]:
 def fleet_config(path: Path, **changes: Any) -> ScaleConfig:
     """Return two replicas of a third of a processor, with keys."""
     flags = {"config_path": str(path), "num_cpus": 0.3, "target_ongoing_requests": TARGET, "log_level": "error"}
-    config = config_of({**flags, "allow_runtime_lora_updating": True, "file_system_poll_wait_seconds": 0})
+    config = config_of(
+        {
+            **flags,
+            "allow_runtime_lora_updating": True,
+            "file_system_poll_wait_seconds": 0,
+            "limit": f"waiting_requests={WAITING}",
+        }
+    )
     options = replace(config.options, api_keys=plain_keys(KEY), admin_keys=plain_keys(ADMIN))
     return replace(config, options=options, **{"min_replicas": 2, "max_replicas": 2, **changes})
 
