@@ -22,6 +22,7 @@ from ovms_lora import cli
 from ovms_lora.core.config import parse_server_config, read_server_config
 from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import parse_request
+from ovms_lora.scale.flags import ray_parser
 from ovms_lora.server import v1_fields, v3_fields
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import SingleModel
@@ -85,8 +86,8 @@ def check_command(words: list[str]) -> None:
             request_of(words)
         case [".venv/bin/python", "export_model.py", *arguments] | [".venv/bin/ovms-lora", "export", *arguments]:
             parse_request(arguments, "export_model.py")
-        case [".venv/bin/ovms-lora", "serve", *arguments]:
-            model_source(serve_parser().parse_all(arguments))
+        case [".venv/bin/ovms-lora", "serve" | "ray" as verb, *arguments]:
+            model_source((serve_parser() if verb == "serve" else ray_parser()).parse_all(arguments))
         case [".venv/bin/ovms-lora", "check", *arguments]:
             cli._check_parser().parse_all(arguments)
         case [".venv/bin/ovms-lora", "list", *arguments]:
@@ -95,6 +96,8 @@ def check_command(words: list[str]) -> None:
             repository_cli.remove_parser().parse_all(arguments)
         case ["python3", "-m", "venv", ".venv"] | ["docker", *_]:
             pass  # docker: tests/docker/test_docker_files.py
+        case [".venv/bin/ray", "start", "--head"] | [".venv/bin/serve", "deploy", "config/ray.yaml"]:
+            pass  # tests/scale/test_flags.py
         case [".venv/bin/pip", "install", *arguments]:
             lists = [word for word in arguments if word.endswith(".txt")]
             assert all((ROOT / name).is_file() for name in lists)

@@ -63,6 +63,8 @@ class Engines:
                     return
                 raise EngineError("the answer broke off")
             except RayActorError as error:
+                if complete:
+                    return
                 log.warning("a replica has gone: %s", type(error).__name__)
                 if begun or is_last:
                     raise UnavailableError("the replica that worked on the request has gone") from error
@@ -78,7 +80,7 @@ class Engines:
     async def _ask(self, request: Forwarded, key: str) -> AsyncGenerator[Message]:
         """Yield what one replica answers. Raises RayActorError when it is gone."""
         called = self._answering.options(multiplexed_model_id=key).remote(request)
-        response = cast("DeploymentResponseGenerator[list[Message]]", called)
+        response, ended = cast("DeploymentResponseGenerator[list[Message]]", called), False
         try:
             patience = _PROBED_SECONDS if request.is_probe else _TAKEN_SECONDS
             await _within(patience, anext(response), UnavailableError("no replica takes the request now"))
@@ -87,6 +89,7 @@ class Engines:
             while batch := await _within(deadline - asyncio.get_running_loop().time(), anext(response, None), late):
                 for message in batch:
                     yield message
+            ended = True
         except BackPressureError as error:
             raise QueueFullError("too many requests wait for a replica") from error
         except DeploymentUnavailableError as error:
@@ -95,7 +98,8 @@ class Engines:
             log.exception("a replica failed")
             raise EngineError("the replica failed; its log says how") from error
         finally:
-            response.cancel()  # type: ignore[no-untyped-call]
+            if not ended:
+                response.cancel()  # type: ignore[no-untyped-call]
 
 
 async def _within(seconds: float, work: Awaitable[T], otherwise: OvmsLoraError) -> T:

@@ -28,6 +28,7 @@ from ovms_lora.scale.config import APPLICATION, ENGINE, ScaleConfig
 from ovms_lora.scale.flags import config_of
 from ovms_lora.server.keys import plain_keys
 from tests.engine.lora_models import PRECISE, Base
+from tests.tiny_llama import CHAT_TEMPLATE
 
 MAX_LORAS = 4
 TARGET = 4
@@ -53,6 +54,7 @@ def write_repository(base: Base, folder: Path) -> Path:
     }
     graph = render_graph(EngineOptions(max_num_seqs=MAX_SEQUENCES))
     (base.folder / "graph.pbtxt").write_text(graph)
+    (base.folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     path = folder / "config.json"
     path.write_text(json.dumps({"model_config_list": [{"config": entry}]}))
     return path

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import runpy
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
-from tests.scale.fleet import ADMIN, BASE, COLD, MAX_LORAS, SQL, TARGET, Fleet, events, request, wait_for
+from tests.scale.fleet import ADMIN, BASE, COLD, KEY, MAX_LORAS, SQL, TARGET, Fleet, events, request, wait_for
 
 LONG = 400
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_multi_lora.py"
 
 
 def test_requests_stick_to_the_replica_that_holds_their_adapter(fleet: Fleet) -> None:
@@ -61,6 +65,16 @@ def test_answers_are_those_of_the_adapter(fleet: Fleet) -> None:
     assert len(set(texts.values())) == 4
     assert fleet.complete(f"{BASE}:{COLD[0]}").json()["choices"][0]["text"] == texts[COLD[0]]
     assert fleet.complete(lora=[{"alias": SQL}]).json()["choices"][0]["text"] == texts[SQL]
+
+
+def test_the_example_asks_base_and_adapters_by_their_ids(fleet: Fleet) -> None:
+    example = runpy.run_path(str(EXAMPLE))
+    with OpenAI(base_url=f"{fleet.url}/v1", api_key=KEY) as client:
+        ids = example["ids"](client)
+        assert {BASE, f"{BASE}:{SQL}", f"{BASE}:{COLD[7]}"} <= set(ids)
+        answers = {name: "".join(example["answer"](client, name)) for name in (BASE, f"{BASE}:{SQL}")}
+    assert answers[BASE]
+    assert answers[BASE] != answers[f"{BASE}:{SQL}"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v3/completions"])
