@@ -27,7 +27,10 @@ class AdapterRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Return ranks of at most two replicas, the best rank first; Serve takes the first that accepts."""
-        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        # Begun anywhere: of equal replicas the first one is taken.
+        begin = self._rng.randrange(len(candidate_replicas))
+        turned = candidate_replicas[begin:] + candidate_replicas[:begin]
+        replicas = {replica.replica_id.unique_id: replica for replica in turned}
         for name, replica in replicas.items():
             self._holdings.report(name, replica.routing_stats)
         key = self._key(pending_request)

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 # Objects are requests and pieces of answers, and no tensors.
 _OBJECT_STORE_BYTES = 100 * 2**20
 
+# Nothing goes out of the house unless somebody wants it to; and what serves is not less urgent than all else.
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+
 
 def run(config: ScaleConfig, address: str | None) -> None:
     """Serve until a signal comes.
@@ -72,8 +75,8 @@ def _number(config: ScaleConfig) -> str:
 
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
-    # Nothing goes out of the house unless somebody wants it to.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
         ray.init(address=address or "local", log_to_driver=True, **({} if address else own))

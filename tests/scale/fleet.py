@@ -72,7 +72,7 @@ def _vary(original: Path, folder: Path, number: int) -> None:
 @contextmanager
 def cluster(port: int) -> Iterator[None]:
     """Run a small Ray, with Serve on a port; nothing of it leaves the machine."""
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     with mock.patch.dict(os.environ, quiet):
         ray.init(
             address="local", num_cpus=4, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False
