@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ray
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 from ray import serve
 
 from ovms_lora.scale import build_app
@@ -63,10 +64,10 @@ def ids(client: OpenAI) -> list[str]:
 
 def answer(client: OpenAI, model: str) -> Iterator[str]:
     """Yield the pieces of an answer as they come."""
-    messages = [{"role": "user", "content": QUESTION}]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": QUESTION}]
     stream = client.chat.completions.create(
         model=model,
-        messages=messages,  # type: ignore[arg-type]
+        messages=messages,
         max_tokens=48,
         temperature=0,
         stream=True,

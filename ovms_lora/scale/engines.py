@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
@@ -90,16 +90,25 @@ class Engines:
                 for message in batch:
                     yield message
             ended = True
-        except BackPressureError as error:
-            raise QueueFullError("too many requests wait for a replica") from error
-        except DeploymentUnavailableError as error:
-            raise UnavailableError("no replica can be started") from error
-        except RayTaskError as error:
-            log.exception("a replica failed")
-            raise EngineError("the replica failed; its log says how") from error
+        except RayActorError:
+            ended = True
+            raise
+        except (RayServeException, RayError) as error:
+            ended = True
+            raise _for_client(error) from error
         finally:
-            if not ended:
+            if not ended:  # the client has gone, or waits no longer
                 response.cancel()  # type: ignore[no-untyped-call]
+
+
+def _for_client(error: RayServeException | RayError) -> OvmsLoraError:
+    """Return what an error of Serve's means for who asked."""
+    if isinstance(error, BackPressureError):
+        return QueueFullError("too many requests wait for a replica")
+    if isinstance(error, DeploymentUnavailableError):
+        return UnavailableError("no replica can be started")
+    log.error("a replica failed: %s", error)
+    return EngineError("the replica failed; the log says how")
 
 
 async def _within(seconds: float, work: Awaitable[T], otherwise: OvmsLoraError) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ import numpy as np
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from ray.serve._private.common import ReplicaState
 from safetensors.numpy import load_file, save_file
 
 from ovms_lora.core.config import EngineOptions
@@ -38,6 +39,14 @@ COLD = tuple(f"cold-{number}" for number in range(40))  # adapters on the loadin
 BASE, SQL = "tiny", "sql"
 KEY, ADMIN = "some-key", "admin-key"
 PROMPT = "Once upon a time"
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",
+    # So that loads are noticed in a second rather than in ten.
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+}
 
 
 def write_repository(base: Base, folder: Path) -> Path:
@@ -72,8 +81,7 @@ def _vary(original: Path, folder: Path, number: int) -> None:
 @contextmanager
 def cluster(port: int) -> Iterator[None]:
     """Run a small Ray, with Serve on a port; nothing of it leaves the machine."""
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
-    with mock.patch.dict(os.environ, quiet):
+    with mock.patch.dict(os.environ, _ENVIRONMENT):
         ray.init(
             address="local", num_cpus=4, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False
         )
@@ -129,19 +137,17 @@ class Fleet:
         """Return a metric by replica, summed over what has these labels."""
         with self.client() as client:
             text = client.get("/metrics").text
-        found: Counter[str] = Counter()
+        found: dict[str, float] = defaultdict(float)
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     found[sample.labels["replica"]] += sample.value
         return dict(found)
 
-    def served(self, *aliases: str) -> Counter[str]:
-        """Return how many requests for some adapters each replica has had."""
-        total: Counter[str] = Counter()
-        for alias in aliases:
-            total.update(self.samples("ovms_lora_requests_total", adapter=alias))
-        return total
+    def served(self, alias: str) -> Counter[str]:
+        """Return how many requests for an adapter each replica has had."""
+        counts = self.samples("ovms_lora_requests_total", adapter=alias)
+        return Counter({replica: int(count) for replica, count in counts.items()})
 
     def resident(self) -> dict[str, float]:
         """Return how many adapters are in each replica's graph."""
@@ -150,7 +156,7 @@ class Fleet:
     def replicas(self) -> int:
         """Return how many engine replicas run."""
         states = serve.status().applications[APPLICATION].deployments[ENGINE].replica_states
-        return states.get("RUNNING", 0)
+        return states.get(ReplicaState.RUNNING, 0)
 
     def kill(self, replica: str) -> None:
         """Kill a replica's process."""
