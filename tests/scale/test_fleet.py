@@ -142,7 +142,7 @@ def test_adapters_are_loaded_and_unloaded_in_all_replicas_and_in_those_that_star
 
 
 def test_replicas_come_and_go_with_the_load(fleet: Fleet) -> None:
-    quick = {"upscale_delay_s": 0, "downscale_delay_s": 1, "look_back_period_s": 1}
+    quick = {"upscale_delay_s": 0, "downscale_delay_s": 1, "look_back_period_s": 11}
     fleet.deploy(min_replicas=1, max_replicas=2, autoscaling=quick)
     wait_for(lambda: fleet.replicas() == 1)
     done = threading.Event()
