@@ -27,11 +27,13 @@ from ovms_lora.engine.lora_config import AdapterCard, LoraConfig
 from ovms_lora.engine.speculation import SpeculationStats
 from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import build_parser
+from ovms_lora.scale.flags import ray_parser
 from ovms_lora.scale.plan.plan_cli import plan_parser
 from ovms_lora.server.limit_flags import MEANINGS
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.options import Limits
 from ovms_lora.server.registry import ModelRegistry
+from ovms_lora.server.serve_flags import serve_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 _NOTE = "Written by `make docs`; do not edit."
@@ -62,13 +64,24 @@ def command_line() -> str:
     exporter = build_parser("export_model.py")
     tasks = next(action for action in exporter._actions if isinstance(action, argparse._SubParsersAction))
     text = f"# Command line\n\n{_NOTE}\n\nEvery flag may be written with `_` or with `-`.\n"
-    text += _command("ovms-lora serve", cli._serve_parser())
+    text += _command("ovms-lora serve", serve_parser())
+    text += _ray_command()
     text += _command("ovms-lora check", cli._check_parser())
     text += _command("ovms-lora list", repository_cli.list_parser())
     text += _command("ovms-lora remove", repository_cli.remove_parser())
     text += _command("ovms-lora plan", plan_parser())
     text += _command("export_model.py text_generation", tasks.choices["text_generation"])
     return text + "\n`ovms-lora export text_generation` is the same command.\n"
+
+
+def _ray_command() -> str:
+    """Return what `ovms-lora ray` has beyond the flags of `ovms-lora serve`."""
+    known = serve_parser()._option_string_actions
+    rows = [_row(action) for action in ray_parser()._actions if action.option_strings[0] not in known]
+    head = (
+        "\n## ovms-lora ray\n\nAll flags of `ovms-lora serve`, and:\n\n| flag | value | what it does |\n|---|---|---|\n"
+    )
+    return head + "".join(rows)
 
 
 def limits() -> str:

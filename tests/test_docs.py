@@ -23,11 +23,13 @@ from ovms_lora import cli
 from ovms_lora.core.config import parse_server_config, read_server_config
 from ovms_lora.export import repository_cli
 from ovms_lora.export.arguments import parse_request
+from ovms_lora.scale.flags import ray_parser
 from ovms_lora.scale.plan.plan_cli import plan_parser, scenario_of
 from ovms_lora.server import v1_fields, v3_fields
 from ovms_lora.server.app import build_app
 from ovms_lora.server.model_source import SingleModel
 from ovms_lora.server.options import ServerOptions
+from ovms_lora.server.serve_flags import model_source, serve_parser
 from tests.server.serving import FakeModels
 
 ROOT = Path(__file__).parents[1]
@@ -86,20 +88,20 @@ def check_command(words: list[str]) -> None:
             request_of(words)
         case [".venv/bin/python", "export_model.py", *arguments] | [".venv/bin/ovms-lora", "export", *arguments]:
             parse_request(arguments, "export_model.py")
-        case [".venv/bin/ovms-lora", "serve", *arguments]:
-            cli._model_source(cli._serve_parser().parse_all(arguments))
+        case [".venv/bin/ovms-lora", "serve" | "ray" as verb, *arguments]:
+            model_source((serve_parser() if verb == "serve" else ray_parser()).parse_all(arguments))
         case [".venv/bin/ovms-lora", "check", *arguments]:
             cli._check_parser().parse_all(arguments)
-        case [".venv/bin/ovms-lora", "list", *arguments]:
-            repository_cli.list_parser().parse_all(arguments)
-        case [".venv/bin/ovms-lora", "remove", *arguments]:
-            repository_cli.remove_parser().parse_all(arguments)
+        case [".venv/bin/ovms-lora", "list" | "remove" as verb, *arguments]:
+            (repository_cli.list_parser() if verb == "list" else repository_cli.remove_parser()).parse_all(arguments)
         case [".venv/bin/ovms-lora", "plan", *arguments]:
             scenario_of(plan_parser().parse_all(arguments))
         case [".venv/bin/python", "-m", "bench.replica_profile", *arguments]:
             replica_profile.parser().parse_args(arguments)
         case ["python3", "-m", "venv", ".venv"] | ["docker", *_]:
             pass  # docker: tests/docker/test_docker_files.py
+        case [".venv/bin/ray", "start", "--head"] | [".venv/bin/serve", "deploy", "config/ray.yaml"]:
+            pass  # tests/scale/test_flags.py
         case [".venv/bin/pip", "install", *arguments]:
             lists = [word for word in arguments if word.endswith(".txt")]
             assert all((ROOT / name).is_file() for name in lists)

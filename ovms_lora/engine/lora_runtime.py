@@ -98,6 +98,16 @@ class LoraRuntime:
         ]
         return (*adapters, *composites)
 
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The names for which nothing has to be brought into the graph: of adapters, and of composites of such."""
+        digests = set(self.graphs.resident)
+        names = {entry.alias for entry in tuple(self.store.registered.values()) if entry.digest in digests}
+        whole = [
+            c.alias for c in dict(self._composites).values() if names.issuperset(alias for alias, _ in c.components)
+        ]
+        return (*names, *whole)
+
     def has(self, name: str) -> bool:
         """Whether an adapter or composite is loaded under this name; does no I/O."""
         return name in self.store.registered or name in self._composites

@@ -76,7 +76,7 @@ def build_app(
         description=_ABOUT,
         version=__version__,
         lifespan=_lifespan,
-        middleware=_middleware(options),
+        middleware=front(options),
         exception_handlers=_HANDLERS,
         redirect_slashes=False,
         openapi_url=None,  # ours, off the event loop
@@ -94,7 +94,8 @@ def build_app(
     return app
 
 
-def _middleware(options: ServerOptions) -> list[Middleware]:
+def front(options: ServerOptions) -> list[Middleware]:
+    """Return what every request passes first, in this order: log, origins, keys, bounds."""
     stack = [Middleware(AccessLogMiddleware)]
     if options.allowed_origins:
         stack.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
@@ -49,14 +50,7 @@ router = APIRouter(prefix="/v1", tags=["adapters"])
 )
 async def load_lora_adapter(request: Request) -> Response:
     """Load an adapter from a folder, under a name for `model`."""
-    values = await _read(request, _LOAD)
-    wanted = NewAdapter(
-        alias=values["lora_name"],
-        path=values["lora_path"],
-        base=values.get("base_model_name"),
-        replace=values.get("load_inplace", False),
-        pinned=values.get("pinned", False),
-    )
+    wanted = wanted_adapter(await _read(request))
     await state_of(request).adapters.load(wanted)
     return PlainTextResponse(f"Success: LoRA adapter '{wanted.alias}' added successfully.")
 
@@ -69,13 +63,35 @@ async def load_lora_adapter(request: Request) -> Response:
 )
 async def unload_lora_adapter(request: Request) -> Response:
     """Take an adapter away; requests that use it go on."""
-    values = await _read(request, _UNLOAD)
-    await state_of(request).adapters.unload(values["lora_name"])
-    return PlainTextResponse(f"Success: LoRA adapter '{values['lora_name']}' removed successfully.")
+    alias = unwanted_alias(await _read(request))
+    await state_of(request).adapters.unload(alias)
+    return PlainTextResponse(f"Success: LoRA adapter '{alias}' removed successfully.")
 
 
-async def _read(request: Request, table: Table) -> Values:
+def wanted_adapter(document: dict[str, Any]) -> NewAdapter:
+    """Return the adapter that a request wants loaded. Raises InvalidFieldError."""
+    values = _checked(document, _LOAD)
+    return NewAdapter(
+        alias=values["lora_name"],
+        path=values["lora_path"],
+        base=values.get("base_model_name"),
+        replace=values.get("load_inplace", False),
+        pinned=values.get("pinned", False),
+    )
+
+
+def unwanted_alias(document: dict[str, Any]) -> str:
+    """Return the alias of the adapter that a request wants gone. Raises InvalidFieldError."""
+    alias: str = _checked(document, _UNLOAD)["lora_name"]
+    return alias
+
+
+async def _read(request: Request) -> dict[str, Any]:
     document, _ = await read_document(request, V1)
+    return document
+
+
+def _checked(document: dict[str, Any], table: Table) -> Values:
     values = table.read(document, ModelLimits())
     tell_of_unknown(document, table)
     return values

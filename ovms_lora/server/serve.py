@@ -49,11 +49,11 @@ def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
     source.read()
     logs.configure(options.log_level)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    with _bind(options.host, options.port) as listener:
+    with bind(options.host, options.port) as listener:
         failures: list[OvmsLoraError] = []
         app = build_app(options, source, load, on_failure=failures.append)
         app.openapi()  # takes a moment, which now holds nobody up
-        server = _Server(http_config(app, options), app.state.server, _url(listener), failures)
+        server = _Server(http_config(app, options), app.state.server, url_of(listener), failures)
         try:
             server.run(sockets=[listener])
         finally:
@@ -78,7 +78,8 @@ def http_config(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
     )
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises ConfigError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -93,7 +94,8 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _url(listener: socket.socket) -> str:
+def url_of(listener: socket.socket) -> str:
+    """Return the address under which a socket is asked."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

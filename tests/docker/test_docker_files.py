@@ -12,6 +12,7 @@ import yaml
 
 from ovms_lora import __version__, cli
 from ovms_lora.export.arguments import parse_request
+from ovms_lora.server.serve_flags import model_source, serve_parser
 from tests.docker.images import ROOT
 
 DOCKER = ROOT / "docker"
@@ -114,13 +115,13 @@ def test_the_serving_image_has_a_health_command_that_is_in_it() -> None:
 def test_the_server_of_the_image_listens_everywhere_unless_told_otherwise(given: list[str], address: str) -> None:
     command, *flags = entry("Dockerfile")
     assert command == "serve"
-    assert cli._serve_parser().parse_all([*flags, *given]).rest_bind_address == address
+    assert serve_parser().parse_all([*flags, *given]).rest_bind_address == address
 
 
 def test_the_services_take_their_commands() -> None:
     serve, export = (compose()["services"][name]["command"] for name in ("serve", "export"))
-    flags = cli._serve_parser().parse_all([*entry("Dockerfile")[1:], *serve])
-    assert cli._model_source(flags)
+    flags = serve_parser().parse_all([*entry("Dockerfile")[1:], *serve])
+    assert model_source(flags)
     assert entry("Dockerfile.export") == ["export"]
     request = parse_request(["org/base" if word.startswith("$") else word for word in export], "export").request
     assert request.model_name == "base_model"
@@ -176,7 +177,7 @@ def test_the_documented_lines_take_flags_that_exist() -> None:
             assert words[words.index("--entrypoint") + 1] == "ovms-lora"
             cli._check_parser().parse_all(arguments[1:])
         elif name == "ovms-lora":
-            cli._model_source(cli._serve_parser().parse_all([*entry("Dockerfile")[1:], *arguments]))
+            model_source(serve_parser().parse_all([*entry("Dockerfile")[1:], *arguments]))
         else:
             parse_request(arguments, "ovms-lora export")
     assert seen == {"ovms-lora", "ovms-lora-export"}

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from ovms_lora import cli
+from ovms_lora.server.serve_flags import serve_parser
 from tests.docker.images import ROOT
 
 SERVE = ["/opt/ovms-lora/bin/python", "/opt/ovms-lora/bin/ovms-lora", "serve"]
@@ -73,7 +73,7 @@ def test_an_init_process_may_stand_before_it(healthcheck: ModuleType) -> None:
 
 
 def test_its_defaults_are_those_of_the_server(healthcheck: ModuleType) -> None:
-    flags = cli._serve_parser().parse_all([])
+    flags = serve_parser().parse_all([])
     assert healthcheck.ready_url([]) == f"http://{flags.rest_bind_address}:{flags.rest_port}/v2/health/ready"
 
 

@@ -1,0 +1,106 @@
+"""What Ray Serve costs and gives: the time to the first token through the ingress, and the tokens of two replicas.
+
+    python -m bench.ray_serve
+
+Each replica has one thread, as the server that is asked directly. All are up at the same time and are asked in turn.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+from bench.models import ROOT, smollm2
+from bench.workload import prompts
+
+_VOCABULARY = 1000
+_FIRST_TOKENS, _WARM = 100, 10
+_STREAMS, _TOKENS, _ROUNDS = 16, 48, 5
+_ONE_THREAD = ("--plugin_config", '{"INFERENCE_NUM_THREADS": 1}')
+# A replica is full with half of the streams, so that two of them share these evenly.
+_RAY = ("--num_cpus", "1", "--target_ongoing_requests", str(_STREAMS // 2))
+
+
+def main() -> int:
+    """Measure; print the numbers and keep them."""
+    with ExitStack() as stack:
+        direct = stack.enter_context(_up("serve", *_ONE_THREAD))
+        one = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "1"))
+        two = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "2"))
+        found = {"first_token_ms": _first_tokens(direct, one), "tokens_per_second": _rates(one, two)}
+    print(json.dumps(found))
+    path = ROOT / "bench" / "results" / "ray_serve.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _first_tokens(direct: int, one: int) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {"direct": [], "ingress": []}
+    for prompt in prompts(_FIRST_TOKENS + _WARM, 16, vocabulary=_VOCABULARY):
+        for name, port in (("direct", direct), ("ingress", one)):
+            seconds[name].append(_stream(port, prompt, 2))
+    medians = {name: 1000 * statistics.median(values[_WARM:]) for name, values in seconds.items()}
+    return {**medians, "added": medians["ingress"] - medians["direct"]}
+
+
+def _rates(one: int, two: int) -> dict[str, float]:
+    """Return medians of tokens per second, and of the ratio within a round."""
+    rounds = [(_rate(one), _rate(two)) for _ in range(_ROUNDS + 1)][1:]
+    return {
+        "one": statistics.median(first for first, _ in rounds),
+        "two": statistics.median(second for _, second in rounds),
+        "ratio": statistics.median(second / first for first, second in rounds),
+    }
+
+
+def _rate(port: int) -> float:
+    asked = prompts(_STREAMS, 16, vocabulary=_VOCABULARY)
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(_STREAMS) as pool:
+        list(pool.map(lambda prompt: _stream(port, prompt, _TOKENS), asked))
+    return _STREAMS * _TOKENS / (time.perf_counter() - begun)
+
+
+def _stream(port: int, prompt: list[int], tokens: int) -> float:
+    """Read a whole stream; return the seconds until its first event."""
+    body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    begun = time.perf_counter()
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    answer.readline()
+    seconds = time.perf_counter() - begun
+    if not answer.read().endswith(b"data: [DONE]\n\n"):
+        raise SystemExit("error: a stream broke off")
+    connection.close()
+    return seconds
+
+
+@contextmanager
+def _up(verb: str, *flags: str) -> Iterator[int]:
+    """Run a command of `ovms-lora` in a process of its own; yield its port."""
+    command = [sys.executable, "-m", "ovms_lora.cli", verb, "--model_path", str(smollm2()), "--model_name", "m", *flags]
+    process = subprocess.Popen([*command, "--rest_port", "0"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr, "piped"
+    try:
+        ready = next((line for line in process.stderr if line.startswith("ready: ")), None)
+        if ready is None:
+            raise SystemExit(f"error: ovms-lora {verb} did not start")
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never waits for a reader
+        yield int(ready.split()[1].rsplit(":", 1)[1])
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

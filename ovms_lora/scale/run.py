@@ -1,0 +1,134 @@
+"""run: `ovms-lora ray`: brings the application up on Ray, says where it answers, and takes it down at a signal.
+
+    start or join Ray ──► deploy ──► ready ──► first signal: refuse, drain, stop;  second signal: exit now
+
+Owns the process and its signals. A Ray that was started here ends with it; on one that was joined the application does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.exceptions import RayServeException
+
+from ovms_lora.core.errors import ConfigError, EngineError
+from ovms_lora.scale.app import build_app
+from ovms_lora.scale.config import APPLICATION, ScaleConfig
+from ovms_lora.server import logs
+from ovms_lora.server.serve import bind, url_of
+
+log = logging.getLogger(__name__)
+
+# Objects are requests and pieces of answers, and no tensors.
+_OBJECT_STORE_BYTES = 100 * 2**20
+
+# Nothing goes out of the house unless somebody wants it to; and what serves is not less urgent than all else.
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+
+
+def run(config: ScaleConfig, address: str | None) -> None:
+    """Serve until a signal comes.
+
+    Raises ConfigError when the configuration is not usable, the port is taken or the cluster cannot be reached, and
+    EngineError when no replica comes up.
+    """
+    logs.configure(config.options.log_level)
+    application = build_app(config)
+    with bind(config.options.host, config.options.port) as listener:
+        url, port = url_of(listener), listener.getsockname()[1]
+    with _ray(address), _signals() as signals:
+        serve.start(http_options={"host": config.options.host, "port": port})
+        try:
+            _deploy(application)
+            print(f"ready: {url} serving with {_number(config)}", file=sys.stderr, flush=True)
+            signals.wait()
+            _drain()
+        finally:
+            serve.delete(APPLICATION)
+
+
+def _deploy(application: Application) -> None:
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:  # what Serve says when it gives up on an application
+        reason = str(error).strip().splitlines()[-1]
+        raise EngineError(f"the replicas do not start: {reason}", hint="the lines above say why") from error
+
+
+def _number(config: ScaleConfig) -> str:
+    least, most = config.min_replicas, config.max_replicas
+    if least == most:
+        return f"{least} replica{'s' if least > 1 else ''}"
+    return f"{least} to {most} replicas"
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    try:
+        ray.init(address=address or "local", log_to_driver=True, **({} if address else own))
+    except ConnectionError as error:
+        raise ConfigError(f"there is no Ray cluster at {address}", hint="ray start --head starts one") from error
+    try:
+        yield
+    finally:
+        if address is None:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
+
+
+class _Signals:
+    """Until the wait begins the first signal ends the process; then it ends the wait, and the second one the process.
+
+    Ray's own handlers would leave no time to take anything down.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = False
+        self._came = threading.Event()
+
+    def wait(self) -> None:
+        """Wait for the first signal."""
+        self._waiting = True
+        self._came.wait()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        del frame
+        if self._came.is_set():
+            os._exit(128 + number)
+        self._came.set()
+        if not self._waiting:
+            raise SystemExit(128 + number)
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    signals = _Signals()
+    before = {number: signal.signal(number, signals.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _drain() -> None:
+    """Have the ingress refuse what is new, so that clients hear it in their dialect while the rest ends."""
+    try:
+        serve.get_app_handle(APPLICATION).broadcast("drain").results(timeout_s=5)
+    except (TimeoutError, RayServeException) as error:
+        log.warning("the ingress does not answer: %s", error)
