@@ -1,0 +1,41 @@
+"""Part and Plan: one measurement of the suite, and how much of it is done.
+
+A part gives rows: flat dictionaries of texts and numbers, of which result files, plots and the report are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+Row = dict[str, str | float]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured: the short form, or the long one. `folder` is for files that are not kept."""
+
+    folder: Path
+    long: bool = False
+    rounds: int = 3
+    tokens: int = 32
+    batches: tuple[int, ...] = (1, 8, 16, 64)
+    registered: tuple[int, ...] = (1, 8, 64)
+    seconds: float = 12.0
+
+    @classmethod
+    def of(cls, folder: Path, *, long: bool) -> Plan:
+        """Return the plan of the short or of the long form."""
+        if not long:
+            return cls(folder)
+        return cls(folder, True, 7, 64, (1, 2, 4, 8, 16, 32, 64), (1, 8, 64, 512), 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A measurement by name; `measure` takes the folder of an exported model."""
+
+    name: str
+    says: str
+    measure: Callable[[Path, Plan], Sequence[Row]]
