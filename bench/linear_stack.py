@@ -28,10 +28,11 @@ _STRENGTH = 0.5  # of what a block adds, so that values stay near 1
 
 
 class LinearStack:
-    """Random weights for `blocks` blocks; `shapes` are (out, in) by module path."""
+    """Random weights for `blocks` blocks, or all that there are; `shapes` are (out, in) by module path."""
 
     def __init__(self, base: BaseLinears, blocks: int) -> None:
         rng = np.random.default_rng(0)
+        blocks = min(blocks, sum(path.endswith(_OF_BLOCK[0]) for path in base.shapes))
         self.paths = [f"model.layers.{block}.{name}" for block in range(blocks) for name in _OF_BLOCK]
         self.shapes = {path: (base.shapes[path].out_features, base.shapes[path].in_features) for path in self.paths}
         self._weights: dict[str, FloatArray] = {

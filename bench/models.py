@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.arguments import MODEL_NAMES
 from ovms_lora.export.gguf import to_hf_folder
 from tests.tiny_llama import build_tiny_llama
 
@@ -79,7 +80,7 @@ def tiny(repository: Path, *options: str) -> Path:
     return repository / "base"
 
 
-MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "llama-1b": llama_1b}
+MODELS: dict[str, Callable[[], Path]] = dict(zip(MODEL_NAMES, (smollm2, llama_1b), strict=True))
 
 
 def _exported(name: str, source: Callable[[Path], Path]) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,6 +50,8 @@ def _run(arguments: list[str]) -> int:
         return _serve(_serve_parser().parse_all(arguments[1:]))
     if arguments[:1] == ["check"]:
         return _check(_check_parser().parse_all(arguments[1:]))
+    if arguments[:1] == ["bench"]:
+        return _bench(arguments[1:])
     if arguments[:1] in (["list"], ["remove"]):
         from ovms_lora.export import repository_cli
 
@@ -61,8 +64,21 @@ def _run(arguments: list[str]) -> int:
     commands.add_parser("check", help="say whether a model, an adapter or a config.json can be served")
     commands.add_parser("list", help="say what a model repository holds")
     commands.add_parser("remove", help="take an exported model out of config.json and off the disk")
+    commands.add_parser("bench", help="measure on this machine; in a checkout of the repository")
     parser.parse_all(arguments)
     return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    """Run the package `bench` of the repository, which is not installed with this one."""
+    repository = Path(__file__).resolve().parents[1]
+    if not (repository / "bench" / "__main__.py").is_file():
+        raise OvmsLoraError(
+            "the benchmarks are not installed with ovms-lora", hint="run make bench in a checkout of the repository"
+        )
+    path = os.pathsep.join(filter(None, (str(repository), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def _serve_parser() -> FlagParser:

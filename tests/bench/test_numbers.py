@@ -17,7 +17,7 @@ from bench.workload import Run
 
 def test_arrivals_come_at_their_rate_and_in_order() -> None:
     times = poisson(50.0, 100.0, seed=3)
-    assert times == sorted(times) and 0 < times[0] and times[-1] < 100
+    assert times == sorted(times) and times[0] > 0 and times[-1] < 100
     assert len(times) == pytest.approx(5000, rel=0.05)
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     assert sum(gap > 1 / 50 for gap in gaps) / len(gaps) == pytest.approx(0.368, abs=0.03)  # e ** -1
@@ -90,7 +90,9 @@ def result(part: str, *rows: dict[str, str | float], model: str = "smollm2") -> 
 
 def test_the_report_says_what_is_met_and_what_was_not_measured() -> None:
     results = [
-        result("startup", {"case": "second start", "seconds": 2.5}, {"case": "import ovms_lora.server", "seconds": 1.5}),
+        result(
+            "startup", {"case": "second start", "seconds": 2.5}, {"case": "import ovms_lora.server", "seconds": 1.5}
+        ),
         result(
             "side_by_side",
             {"case": "plain", "batch": 8, "engine": "ovms-lora", "of_first": 1.0},

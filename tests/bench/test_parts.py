@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import side_by_side
 from bench.models import tiny
 from bench.part import Part, Plan, Row
 from bench.parts import PARTS
@@ -37,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(folder: Path) -> Plan:
-    return Plan(folder, rounds=1, tokens=3, batches=(1, 8), registered=(8, 9), seconds=1.0)
+    return Plan(folder, rounds=1, tokens=3, batches=(1, 8), registered=(9,), seconds=1.0)
 
 
 def check_rows(part: str, rows: Sequence[Row]) -> None:
@@ -51,6 +52,17 @@ def check_rows(part: str, rows: Sequence[Row]) -> None:
 
 def test_all_parts_are_known_here() -> None:
     assert {part.name for part in PARTS} == KEYS.keys()
+
+
+def test_engines_are_compared_side_by_side(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taking_part = [name for name in installed() if name in {"ovms-lora", "genai"}]
+    monkeypatch.setattr("bench.side_by_side.installed", lambda: taking_part)
+    rows = side_by_side.measure(model, plan(tmp_path))
+    check_rows("side_by_side", rows)
+    assert {row["engine"] for row in rows} == set(taking_part)
+    assert [row["same_first_tokens"] for row in rows if row["case"] == "plain"] == [1.0] * 3 * len(taking_part)
+    (plot,) = draw([Result("side_by_side", "tiny", rows, machine())], tmp_path)
+    assert plot.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part.name != "side_by_side"], ids=lambda part: part.name)
