@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_arrivals_come_at_their_rate_and_in_order() -> None:
     times = poisson(50.0, 100.0, seed=3)
     assert times == sorted(times) and times[0] > 0 and times[-1] < 100
     assert len(times) == pytest.approx(5000, rel=0.05)
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
     assert sum(gap > 1 / 50 for gap in gaps) / len(gaps) == pytest.approx(0.368, abs=0.03)  # e ** -1
 
 
