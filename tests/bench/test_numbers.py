@@ -9,6 +9,7 @@ import pytest
 
 from bench.arrivals import poisson, zipf
 from bench.engines.job import Job, in_groups
+from bench.part import Row
 from bench.report import TARGETS, Results, report
 from bench.results import Result, read_parts, write_part
 from bench.rounds import in_turn, quantile, spreads
@@ -78,7 +79,7 @@ def test_rows_of_one_adapter_run_together_and_answers_keep_their_order() -> None
 
 def test_results_come_back_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.results.RESULTS", tmp_path / "results")
-    rows = [{"case": "plain", "seconds": 1.5}]
+    rows: list[Row] = [{"case": "plain", "seconds": 1.5}]
     write_part("startup", "smollm2", rows, long=False)
     (found,) = read_parts(tmp_path / "results")
     assert (found.part, found.model, found.rows) == ("startup", "smollm2", rows)
