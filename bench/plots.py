@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no display
 
 from matplotlib import pyplot
+from matplotlib.ticker import ScalarFormatter
 
 from bench.part import Row
 from bench.results import RESULTS, Result, read_parts
@@ -99,6 +100,8 @@ def _engines(axes: Any, result: Result) -> None:
 def _forms(axes: Any, result: Result) -> None:
     _lines(axes, result.rows, "batch", "step_ms", "form")
     axes.set(title="A row's own adapter, in three forms", xlabel="rows, 8 adapters in turn", ylabel="ms", yscale="log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
 
 
 def _over(axis: str, y: str, **labels: Any) -> Callable[[Any, Result], None]:
@@ -143,7 +146,11 @@ _PLOTS: dict[str, dict[str, Callable[[Any, Result], None]]] = {
     "lora_forms": {"lora_forms": _forms},
     "scaling": {
         "registered": _over(
-            "registered", "tokens_per_second", title="By registered adapters (Zipf, 8 resident)", ylabel="tokens/s"
+            "registered",
+            "tokens_per_second",
+            title="Adapters by Zipf, 8 resident",
+            xlabel="registered",
+            ylabel="tokens/s",
         ),
         "prompt": _over("prompt", "ttft_ms", title="Time to the first token", xlabel="prompt tokens", ylabel="ms"),
         "rank": _over(
