@@ -28,13 +28,13 @@ from bench.rounds import in_turn, spreads
 from bench.workload import base_linears
 from ovms_lora.adapters.adapter import Adapter, LoraPair
 from ovms_lora.adapters.peft_config import parse_peft_config
-from ovms_lora.core.config import EngineOptions
 from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.linears import find_linears, group_linears
 from ovms_lora.engine.lora_graph import LoraForm, LoraLayout, insert_lora
 from ovms_lora.engine.lora_rows import RowSpan, SequenceTiles, plan_tiles
 from ovms_lora.engine.lora_states import LoraStates
+from ovms_lora.engine.model import read_options
 
 _BLOCKS = 4
 _ADAPTERS = 8
@@ -50,7 +50,7 @@ def measure(model: Path, plan: Plan) -> list[Row]:
     """Measure the forms at each size of batch, and see that they compute the same."""
     stack = LinearStack(base_linears(model), _BLOCKS)
     adapters = [_random(stack, seed) for seed in range(_ADAPTERS)]
-    dtype = GraphSource(model, EngineOptions()).inference_dtype
+    dtype = GraphSource(*read_options(model)).inference_dtype
     rng = np.random.default_rng(0)
     rows: list[Row] = []
     for batch in sorted({1, 2, 4, 8, 16, 32, 64} & {*range(max(plan.batches) + 1)}):

@@ -1,6 +1,7 @@
-"""Hugging Face transformers and PEFT in bfloat16: the same weights, the rows of one adapter after another's.
+"""Hugging Face transformers and PEFT: the same weights, the rows of one adapter after another's.
 
-Prompts of different lengths are padded on the left, as transformers wants it.
+Computes in bfloat16 where OpenVINO does, and in float32 where the processor would have to emulate that. Prompts of
+different lengths are padded on the left, as transformers wants it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bench.engines.job import Answer, Job, Setup, in_groups
+from ovms_lora.engine.graph_source import GraphSource
+from ovms_lora.engine.model import read_options
 
 
 class PeftTorch:
@@ -22,14 +25,16 @@ class PeftTorch:
 
     def __init__(self, setup: Setup) -> None:
         assert setup.source, "loaded from it"
-        self._model: Any = AutoModelForCausalLM.from_pretrained(setup.source, dtype=torch.bfloat16).eval()
+        precision = GraphSource(*read_options(setup.model)).inference_dtype
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._model: Any = AutoModelForCausalLM.from_pretrained(setup.source, dtype=dtype).eval()
         self._adapted = bool(setup.adapters)
         for name, folder in setup.adapters.items():
             if isinstance(self._model, PeftModel):
                 self._model.load_adapter(folder, name)
             else:
                 self._model = PeftModel.from_pretrained(self._model, folder, name)
-        self._model.to(torch.bfloat16)
+        self._model.to(dtype)
 
     def run(self, job: Job) -> Answer:
         """Do a job, one adapter after another."""

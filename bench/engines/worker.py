@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +21,12 @@ _ENGINES = {
     "llama.cpp": ("bench.engines.llama_cpp", "LlamaCpp"),
     "peft": ("bench.engines.peft_torch", "PeftTorch"),
 }
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def main() -> None:
     """Serve jobs until stdin ends."""
+    _end_with_parent()
     answers = _private_stdout()
     order = json.loads(sys.stdin.readline())
     engine = _start(order["engine"])(_setup(order["setup"]))
@@ -41,6 +45,11 @@ def _setup(values: dict[str, Any]) -> Setup:
     adapters = {name: Path(path) for name, path in values["adapters"].items()}
     source, vocabulary = (Path(values[name]) if values[name] else None for name in ("source", "vocabulary"))
     return Setup(Path(values["model"]), adapters, Path(values["work"]), values["max_batch"], source, vocabulary)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, in whatever way: it may stand still then."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _private_stdout() -> TextIO:
