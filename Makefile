@@ -25,7 +25,7 @@ check: $(VENV)/.dev ## lint, format and types
 image-test: $(VENV)/.dev $(VENV)/.model ## build the container images and run them (root; needs buildah and debootstrap)
 	@$(BIN)/python -m pytest --image tests/docker $(PYTEST_ARGS)
 
-bench: $(VENV)/.dev $(VENV)/.model ## measure, in some minutes (BENCH_ARGS="--models smollm2,llama-1b")
+bench: $(VENV)/.dev $(VENV)/.model ## measure, in ten minutes (BENCH_ARGS="batches --models smollm2,llama-1b --long")
 	@$(BIN)/python -m bench $(BENCH_ARGS)
 
 soak: $(VENV)/.dev ## let clients of all kinds at a server for two minutes (SOAK_ARGS="--minutes 30")

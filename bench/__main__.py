@@ -1,40 +1,44 @@
-"""All measurements, in their short form unless told otherwise.
-
-python -m bench [--models smollm2,llama-1b] [--batches 8,16] [--rounds 5] [--tokens 64]
-"""
+"""The suite: `ovms-lora bench` and `make bench`. Measures, writes bench/results/, draws, and reports."""
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench import http_streaming
-from bench.mixed_adapters import Case, measure
+from bench.arguments import parse
 from bench.models import MODELS
-from bench.workload import write_results
+from bench.part import Part, Plan
+from bench.parts import PARTS
+from bench.plots import draw
+from bench.report import report
+from bench.results import read_parts, write_part
 
 
-def main() -> None:
-    """Run them one after another."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--models", default="smollm2", help=f"of {', '.join(MODELS)}; exported at first use")
-    parser.add_argument("--batches", default="8,16", help="rows of a batch")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64, help="generated for each row")
-    options = parser.parse_args()
-    for name in options.models.split(","):
-        if name not in MODELS:
-            parser.error(f"unknown model {name!r}; there are {', '.join(MODELS)}")
-        for batch in map(int, options.batches.split(",")):
-            print(f"\n{name}, batch {batch}, {options.tokens} tokens each")
-            case = Case(MODELS[name](), batch=batch, tokens=options.tokens, rounds=options.rounds)
-            with tempfile.TemporaryDirectory() as folder:
-                print(write_results(f"mixed_adapters-{name}-b{batch}", measure(case, Path(folder))))
-        print(f"\n{name}, 16 streams over HTTP")
-        streamed = http_streaming.measure(MODELS[name](), streams=16, tokens=options.tokens, rounds=options.rounds)
-        print(write_results(f"http_streaming-{name}", streamed))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is asked for; return the exit code."""
+    given = parse(argv)
+    for model in () if given.report else given.models:
+        for part in PARTS:
+            if not given.names or part.name in given.names:
+                _measure(part, model, long=given.long)
+    results = read_parts()
+    for path in draw(results):
+        print(path, file=sys.stderr)
+    print(report(results))
+    return 0
+
+
+def _measure(part: Part, model: str, *, long: bool) -> None:
+    begin = time.monotonic()
+    print(f"{model}, {part.name}: {part.says}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = part.measure(MODELS[model](), Plan.of(Path(folder), long=long))
+    path = write_part(part.name, model, rows, long=long)
+    print(f"{path} ({time.monotonic() - begin:.0f} s)", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

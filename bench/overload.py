@@ -18,7 +18,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import uvloop
 
 from bench.keep_alive import KeepAlive
+from bench.rounds import quantile
 
 _USUAL = 1.5  # a request that takes no longer than this many times its time alone is answered as usual
 _PATIENCE = 30.0
@@ -94,12 +95,6 @@ class ClientLag:
             due = time.perf_counter() + _TICK
             await asyncio.sleep(_TICK)
             self.seconds.append(time.perf_counter() - due)
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """Return the value below which this share of the values lies; 0 where there are none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 async def saturation(ask: Ask, *, clients: int, seconds: float) -> float:

@@ -25,8 +25,8 @@ import numpy as np
 from bench.models import CACHE, MODELS, tiny
 from bench.replica_process import Ended, ReplicaProcess, ReplicaSetup
 from bench.replica_profile import Extent, mean_profile, write_adapters
+from bench.results import write_results
 from bench.timed_engine import Asked
-from bench.workload import write_results
 from ovms_lora.scale.plan.outcome import Outcome
 from ovms_lora.scale.plan.popularity import Popularity
 from ovms_lora.scale.plan.replica import Record, ReplicaLimits

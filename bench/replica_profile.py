@@ -19,8 +19,9 @@ from typing import TypeVar
 import numpy as np
 
 from bench.models import MODELS
+from bench.results import machine
 from bench.timed_engine import Answered, Asked, TimedEngine, Waiter
-from bench.workload import base_linears, machine, write_adapter
+from bench.workload import base_linears, write_adapter
 from ovms_lora.adapters.adapter import load_adapter
 from ovms_lora.engine.lora_states import host_dtype
 from ovms_lora.engine.runner import OpenVinoRunner

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.results import write_results
 from bench.soak_clients import Tally, Traffic
 from bench.soak_server import Size, SoakFolder, SoakServer, at_rest
-from bench.workload import write_results
 
 _CLIENTS = 8
 _WARM_UP = 0.4  # of the time

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.models import MODELS
-from bench.workload import Rate, Server, in_turn, rates, write_results
+from bench.results import write_results
+from bench.rounds import Spread, in_turn, spreads
+from bench.workload import Server
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.core.speculation import SpeculationOptions
@@ -60,14 +62,15 @@ def measure(
     model: Path, methods: dict[str, SpeculationOptions], *, batch: int, tokens: int, rounds: int
 ) -> dict[str, Any]:
     """Run every task without and with each method, in turn; return rates and the shares of guesses that were right."""
-    servers = {"off": Server(model)} | {name: Server(model, speculation=options) for name, options in methods.items()}
+    servers = {"off": Server(model)}
+    servers |= {name: Server(model, overrides={"speculation": options}) for name, options in methods.items()}
     found: dict[str, Any] = {}
     for task in _TASKS:
-        cases: dict[str, Callable[[], float]] = {}
+        cases: dict[str, Callable[[int], float]] = {}
         for name, server in servers.items():
             cases[name] = _case(server, task, batch, tokens)
         before = {name: _counts(server) for name, server in servers.items()}
-        summary = rates(in_turn(cases, rounds))
+        summary = spreads(in_turn(cases, rounds))
         found[task] = {}
         for name, rate in summary.items():
             drafted, accepted = (
@@ -80,10 +83,9 @@ def measure(
     return {"model": model.name, "batch": batch, "tokens": tokens, "tasks": found}
 
 
-def _case(server: Server, task: str, batch: int, tokens: int) -> Callable[[], float]:
-    def run() -> float:
-        brought, seconds = server.answer(requests(server, task, batch, tokens))
-        return brought / seconds
+def _case(server: Server, task: str, batch: int, tokens: int) -> Callable[[int], float]:
+    def run(_: int) -> float:
+        return server.answer(requests(server, task, batch, tokens)).rate
 
     return run
 
@@ -93,7 +95,7 @@ def _counts(server: Server) -> tuple[int, int]:
     return (stats.draft_tokens, stats.accepted_tokens) if stats else (0, 0)
 
 
-def _line(task: str, name: str, rate: Rate, drafted: int, accepted: int) -> str:
+def _line(task: str, name: str, rate: Spread, drafted: int, accepted: int) -> str:
     share = f", {accepted / drafted:5.1%} of {drafted} guesses right" if drafted else ""
     return f"{task:8s} {name:12s} {rate.median:8.1f} tokens/s  {rate.ratio:6.3f} of off{share}"
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.arguments import build_parser as bench_parser
 from ovms_lora import cli
 from ovms_lora.core.config import ServerConfig
 from ovms_lora.core.errors import EngineError, QueueFullError
@@ -70,6 +71,7 @@ def command_line() -> str:
     text += _command("ovms-lora list", repository_cli.list_parser())
     text += _command("ovms-lora remove", repository_cli.remove_parser())
     text += _command("ovms-lora plan", plan_parser())
+    text += _command("ovms-lora bench", bench_parser())
     text += _command("export_model.py text_generation", tasks.choices["text_generation"])
     return text + "\n`ovms-lora export text_generation` is the same command.\n"
 

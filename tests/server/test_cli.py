@@ -11,7 +11,6 @@ import pytest
 
 from ovms_lora import __version__, cli
 from ovms_lora.core.config import LoraOptions
-from ovms_lora.core.speculation import SpeculationOptions
 from ovms_lora.server.keys import plain_keys
 from ovms_lora.server.model_source import ConfigFile, ModelSource, ModelSpec, SingleModel
 from ovms_lora.server.options import ServerOptions
@@ -89,7 +88,9 @@ def test_both_spellings_of_a_flag_are_one(started: Started, tmp_path: Path, dash
     assert isinstance(source, SingleModel)
     (spec,) = source.read()
     assert (spec.name, spec.folder, spec.plugin_config) == ("n", tmp_path, {"A": 1})
-    assert spec.speculation == SpeculationOptions(draft_models_path="d", num_tokens=4)
+    assert spec.speculation == SpeculationOptions(
+        draft_models_path="d", num_tokens=4, max_ngram_size=5, min_ngram_size=2
+    )
 
 
 def test_the_name_defaults_to_the_folders(started: Started, tmp_path: Path) -> None:

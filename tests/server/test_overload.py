@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from bench.keep_alive import KeepAlive
-from bench.overload import Ask, asker, measure, open_loop, quantile
+from bench.overload import Ask, asker, measure, open_loop
+from bench.rounds import quantile
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.server.keys import ApiKey, digest_of
 from ovms_lora.server.options import Limits, ServerOptions

@@ -1,0 +1,46 @@
+"""Part and Plan: one measurement of the suite, and how much of it is done.
+
+A part gives rows: flat dictionaries of texts and numbers, of which result files, plots and the report are made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+Row = dict[str, str | float]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured: the short form, or the long one. `folder` is for files that are not kept."""
+
+    folder: Path
+    long: bool = False
+    rounds: int = 3
+    tokens: int = 32
+    batches: tuple[int, ...] = (1, 8, 16, 64)
+    registered: tuple[int, ...] = (1, 8, 64)
+    seconds: float = 12.0
+
+    @classmethod
+    def of(cls, folder: Path, *, long: bool) -> Plan:
+        """Return the plan of the short or of the long form."""
+        if not long:
+            return cls(folder)
+        return cls(folder, True, 7, 64, (1, 2, 4, 8, 16, 32, 64), (1, 8, 64, 512), 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A measurement: the module bench.NAME, imported when it is run, and what it is about."""
+
+    name: str
+    says: str
+
+    def measure(self, model: Path, plan: Plan) -> Sequence[Row]:
+        """Measure the model in a folder."""
+        rows: Sequence[Row] = importlib.import_module(f"bench.{self.name}").measure(model, plan)
+        return rows

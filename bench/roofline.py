@@ -1,0 +1,123 @@
+"""The bound that memory sets: the bytes that a decode step has to read, and how fast this machine reads.
+
+A step reads the weights of all linears once, the tiles of the resident adapters that it uses, and the keys and values
+of its rows. Nothing can be faster than that at the bandwidth measured here; what computing takes comes on top.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from bench.batches import PROMPT_TOKENS, case
+from bench.part import Plan, Row
+from bench.rounds import in_turn, spreads
+from bench.workload import Server, base_linears, write_adapters
+from ovms_lora.adapters.adapter import Adapter
+from ovms_lora.engine.device import openvino_core
+from ovms_lora.engine.linears import find_linears
+from ovms_lora.engine.paged_graph import read_paged_model
+
+_READ_BYTES = 512 * 2**20  # beyond every cache
+_READS = 5
+_ADAPTERS = 8
+
+
+def measure(model: Path, plan: Plan) -> list[Row]:
+    """Measure the bandwidth, then decode steps; return both, and how close they are."""
+    adapters = write_adapters(plan.folder, base_linears(model), _ADAPTERS)
+    weights, rows = weight_bytes(model), list[Row]()
+    with Server(model) as plain, Server(model, adapters, max_loras=_ADAPTERS) as mixed:
+        one = adapter_bytes(mixed)
+        for batch in plan.batches:
+            names = [f"a{index % _ADAPTERS}" for index in range(batch)]
+            cases: dict[str, Callable[[int], float]] = {
+                "plain": _step_seconds(plain, [None] * batch, plan),
+                f"{_ADAPTERS} mixed": _step_seconds(mixed, names, plan),
+            }
+            bandwidth = read_bandwidth()
+            found = spreads(in_turn(cases, plan.rounds))
+            kept = batch * (PROMPT_TOKENS + plan.tokens / 2) * token_bytes(plain)
+            for name, used in (("plain", 0), (f"{_ADAPTERS} mixed", min(batch, _ADAPTERS))):
+                rows.append(_row(name, batch, weights + used * one + kept, bandwidth, found[name].median))
+    return rows
+
+
+def _row(name: str, batch: int, needed: float, bandwidth: float, seconds: float) -> Row:
+    bound = needed / bandwidth
+    return {
+        "case": name,
+        "batch": batch,
+        "step_megabytes": needed / 1e6,
+        "gigabytes_per_second": bandwidth / 1e9,
+        "step_ms": seconds * 1e3,
+        "bound_ms": bound * 1e3,
+        "of_bound": bound / seconds,
+    }
+
+
+def _step_seconds(server: Server, aliases: Sequence[str | None], plan: Plan) -> Callable[[int], float]:
+    run = case(server, aliases, plan.tokens)
+    return lambda number: statistics.median(run(number).intervals)
+
+
+def read_bandwidth() -> float:
+    """Return the bytes per second that all cores together read from memory, streaming."""
+    threads = os.cpu_count() or 1
+    parts = np.array_split(np.ones(_READ_BYTES // 8, np.int64), threads)
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_READS):
+            begin = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, parts))
+            best = min(best, time.perf_counter() - begin)
+    return max(_READ_BYTES / best, _device_bandwidth())
+
+
+def _device_bandwidth() -> float:
+    """Return the same of OpenVINO, which may read with wider instructions than numpy."""
+    data = np.ones((256, _READ_BYTES // 1024), np.float32)
+    shape = ov.opset13.parameter(list(data.shape), np.float32)
+    largest = ov.opset13.reduce_max(shape, ov.opset13.constant(np.int64(1)))
+    request = openvino_core().compile_model(ov.Model([largest], [shape]), "CPU").create_infer_request()
+    request.set_input_tensor(ov.Tensor(data, shared_memory=True))
+    best = float("inf")
+    for _ in range(_READS):
+        begin = time.perf_counter()
+        request.infer()
+        best = min(best, time.perf_counter() - begin)
+    return data.nbytes / best
+
+
+def weight_bytes(model: Path) -> int:
+    """Return the bytes of all constants that the linears of an IR are made of."""
+    constants: dict[str, int] = {}
+    for linear in find_linears(read_paged_model(openvino_core(), model)):
+        waiting = [linear.node.input_value(1).get_node()]
+        while waiting:
+            node = waiting.pop()
+            if node.get_type_name() == "Constant":
+                constants[node.get_friendly_name()] = node.get_byte_size()
+            waiting += [value.get_node() for value in node.input_values()]
+    return sum(constants.values())
+
+
+def adapter_bytes(server: Server) -> int:
+    """Return the bytes that one adapter takes in the states, which have the type of the host's copy."""
+    (use,) = server.use("a0")
+    assert isinstance(use.adapter, Adapter), "loaded"
+    return sum(pair.a.nbytes + pair.b.nbytes for pair in use.adapter.layers.values())
+
+
+def token_bytes(server: Server) -> float:
+    """Return the bytes of keys and values of one token."""
+    runner = server.model.engine._runner
+    cache = getattr(runner, "_cache", {})
+    return float(sum(tensor.byte_size for tensor in cache.values())) / (runner.num_blocks * runner.block_size)

@@ -1,0 +1,108 @@
+"""How cost grows: with registered adapters, with the length of the prompt, and with the rank.
+
+registered     16 rows at a time of a long queue, adapters by Zipf, at most 8 resident
+prompt         one row: time to the first token, and the pace behind it
+rank           16 rows, one of 8 adapters each
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+
+from bench.arrivals import zipf
+from bench.batches import PROMPT_TOKENS, VOCABULARY, case
+from bench.part import Plan, Row
+from bench.rounds import in_turn, spreads
+from bench.workload import Run, Server, base_linears, prompts, write_adapters
+
+_RESIDENT = 8
+_BATCH = 16
+_ZIPF_RANK = 8  # of hundreds of adapters that lie on the disk
+_LENGTHS, _SHORT_LENGTHS = (32, 128, 512, 1024, 2048, 4096), (32, 512, 2048)
+_RANKS, _SHORT_RANKS = (4, 8, 16, 32, 64, 128), (4, 16, 64)
+
+
+def measure(model: Path, plan: Plan) -> list[Row]:
+    """Measure along all three axes."""
+    return [*by_registered(model, plan), *by_prompt(model, plan), *by_rank(model, plan)]
+
+
+def by_registered(model: Path, plan: Plan) -> list[Row]:
+    """Measure a queue whose adapters follow Zipf's law, against one of `_RESIDENT` registered adapters."""
+    most = max(*plan.registered, _RESIDENT)
+    adapters = write_adapters(plan.folder, base_linears(model), most, rank=_ZIPF_RANK)
+    counts = [_RESIDENT, *(count for count in plan.registered if count != _RESIDENT)]
+    with ExitStack() as stack:
+        cases = {}
+        for count in counts:
+            some = dict(islice(adapters.items(), count))
+            options = {"max_loras": _RESIDENT, "max_cpu_loras": count}
+            server = stack.enter_context(Server(model, some, overrides={"max_num_seqs": _BATCH}, **options))
+            cases[str(count)] = _queue(server, count, plan)
+        found = spreads(in_turn(cases, plan.rounds))
+    return [
+        {"axis": "registered", "value": int(count), "case": "zipf", **found[count].columns("tokens_per_second")}
+        for count in sorted(found, key=int)
+    ]
+
+
+def _queue(server: Server, count: int, plan: Plan) -> Callable[[int], float]:
+    requests = _BATCH * (8 if plan.long else 4)
+
+    def run(number: int) -> float:
+        names = [f"a{index}" for index in zipf(requests, count, seed=number)]
+        asked = prompts(requests, PROMPT_TOKENS, vocabulary=VOCABULARY, seed=number)
+        return server.run(asked, [server.use(name) for name in names], max_tokens=plan.tokens).rate
+
+    return run
+
+
+def by_prompt(model: Path, plan: Plan) -> list[Row]:
+    """Measure prompts of growing length, plain and with an adapter."""
+    adapters = write_adapters(plan.folder, base_linears(model), 1)
+    rows: list[Row] = []
+    with Server(model) as plain, Server(model, adapters, max_loras=1) as adapted:
+        fitting = plain.model.engine.max_model_len - plan.tokens
+        for length in _LENGTHS if plan.long else _SHORT_LENGTHS:
+            if length > fitting:
+                continue
+            cases = {
+                "plain": case(plain, [None], plan.tokens, length=length),
+                "one adapter": case(adapted, ["a0"], plan.tokens, length=length),
+            }
+            for name, runs in in_turn(cases, plan.rounds).items():
+                rows.append({"axis": "prompt", "value": length, "case": name, **_latencies(runs)})
+    return rows
+
+
+def _latencies(runs: list[Run]) -> Row:
+    return {
+        "ttft_ms": statistics.median(run.first_token_times[0] for run in runs) * 1e3,
+        "step_ms": statistics.median(seconds for run in runs for seconds in run.intervals) * 1e3,
+    }
+
+
+def by_rank(model: Path, plan: Plan) -> list[Row]:
+    """Measure adapters of growing rank."""
+    base = base_linears(model)
+    names = [f"a{index % _RESIDENT}" for index in range(_BATCH)]
+    with ExitStack() as stack:
+        cases = {"0": _rate(stack.enter_context(Server(model)), [None] * _BATCH, plan)}
+        for rank in _RANKS if plan.long else _SHORT_RANKS:
+            adapters = write_adapters(plan.folder, base, _RESIDENT, rank=rank)
+            server = Server(model, adapters, max_loras=_RESIDENT, max_lora_rank=rank)
+            cases[str(rank)] = _rate(stack.enter_context(server), names, plan)
+        found = spreads(in_turn(cases, plan.rounds))
+    return [
+        {"axis": "rank", "value": int(rank), "case": "8 mixed", **spread.columns("tokens_per_second")}
+        for rank, spread in found.items()
+    ]
+
+
+def _rate(server: Server, aliases: Sequence[str | None], plan: Plan) -> Callable[[int], float]:
+    run = case(server, aliases, plan.tokens)
+    return lambda number: run(number).rate
