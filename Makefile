@@ -35,7 +35,7 @@ audit: $(VENV)/.dev ## look the locked packages up among known weaknesses (needs
 	@$(BIN)/python requirements/audit.py
 
 docs: $(VENV)/.dev ## write the generated parts of the documentation again
-	@$(BIN)/python docs/generate.py
+	@$(BIN)/python -m docs.generate
 
 lock: ## resolve requirements/*.txt anew from pyproject.toml (needs uv)
 	@requirements/lock.sh

@@ -88,9 +88,7 @@ def test_both_spellings_of_a_flag_are_one(started: Started, tmp_path: Path, dash
     assert isinstance(source, SingleModel)
     (spec,) = source.read()
     assert (spec.name, spec.folder, spec.plugin_config) == ("n", tmp_path, {"A": 1})
-    assert spec.speculation == SpeculationOptions(
-        draft_models_path="d", num_tokens=4, max_ngram_size=5, min_ngram_size=2
-    )
+    assert spec.speculation == parse_speculative_config({"model": "d", "num_speculative_tokens": 4})
 
 
 def test_the_name_defaults_to_the_folders(started: Started, tmp_path: Path) -> None:
