@@ -96,13 +96,10 @@ class SpeculativeConfig(StrictModel):
     @property
     def options(self) -> SpeculationOptions:
         """The same in this package's terms."""
+        if not self._looks_up:
+            return SpeculationOptions(draft_models_path=self.model or "", num_tokens=self.num_speculative_tokens)
         low, high = self._ngram
-        return SpeculationOptions(
-            draft_models_path="" if self._looks_up else self.model or "",
-            num_tokens=self.num_speculative_tokens,
-            max_ngram_size=high,
-            min_ngram_size=low,
-        )
+        return SpeculationOptions(num_tokens=self.num_speculative_tokens, max_ngram_size=high, min_ngram_size=low)
 
     @property
     def _looks_up(self) -> bool:
