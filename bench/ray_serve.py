@@ -22,8 +22,8 @@ from bench.models import ROOT, smollm2
 from bench.workload import prompts
 
 _VOCABULARY = 1000
-_FIRST_TOKENS, _WARM = 100, 10
-_STREAMS, _TOKENS, _ROUNDS = 16, 48, 5
+_FIRST_TOKENS, _WARM = 60, 10
+_STREAMS, _TOKENS, _ROUNDS = 16, 32, 3
 _ONE_THREAD = ("--plugin_config", '{"INFERENCE_NUM_THREADS": 1}')
 # A replica is full with half of the streams, so that two of them share these evenly.
 _RAY = ("--num_cpus", "1", "--target_ongoing_requests", str(_STREAMS // 2))
@@ -36,7 +36,6 @@ def main() -> int:
         one = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "1"))
         two = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "2"))
         found = {"first_token_ms": _first_tokens(direct, one), "tokens_per_second": _rates(one, two)}
-    print(json.dumps(found))
     path = ROOT / "bench" / "results" / "ray_serve.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -49,17 +48,21 @@ def _first_tokens(direct: int, one: int) -> dict[str, float]:
         for name, port in (("direct", direct), ("ingress", one)):
             seconds[name].append(_stream(port, prompt, 2))
     medians = {name: 1000 * statistics.median(values[_WARM:]) for name, values in seconds.items()}
-    return {**medians, "added": medians["ingress"] - medians["direct"]}
+    found = {**medians, "added": medians["ingress"] - medians["direct"]}
+    print("first token, ms:", json.dumps(found), flush=True)
+    return found
 
 
 def _rates(one: int, two: int) -> dict[str, float]:
     """Return medians of tokens per second, and of the ratio within a round."""
     rounds = [(_rate(one), _rate(two)) for _ in range(_ROUNDS + 1)][1:]
-    return {
+    found = {
         "one": statistics.median(first for first, _ in rounds),
         "two": statistics.median(second for _, second in rounds),
         "ratio": statistics.median(second / first for first, second in rounds),
     }
+    print("tokens per second:", json.dumps(found), flush=True)
+    return found
 
 
 def _rate(port: int) -> float:

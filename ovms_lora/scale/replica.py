@@ -29,6 +29,7 @@ from ovms_lora.server.app import build_app
 from ovms_lora.server.errors import error_style
 from ovms_lora.server.model_source import ModelSource
 from ovms_lora.server.options import ServerOptions
+from ovms_lora.server.serve import share_interpreter
 from ovms_lora.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class EngineReplica:
 
     async def __init__(self, options: ServerOptions, source: ModelSource, threads: int) -> None:  # type: ignore[misc] # Serve awaits it
         logs.configure(options.log_level)
+        share_interpreter()
         self._failures: list[OvmsLoraError] = []
         self._app = build_app(options, source, partial(_load, threads), on_failure=self._failures.append)
         self._server: ServerState = self._app.state.server

@@ -76,7 +76,7 @@ def build_app(
         description=_ABOUT,
         version=__version__,
         lifespan=_lifespan,
-        middleware=front(options),
+        middleware=[*front(options), Middleware(AdmissionMiddleware)],
         exception_handlers=_HANDLERS,
         redirect_slashes=False,
         openapi_url=None,  # ours, off the event loop
@@ -103,7 +103,7 @@ def front(options: ServerOptions) -> list[Middleware]:
         )
     if options.api_keys or options.admin_keys:
         stack.append(Middleware(ApiKeyMiddleware, keys=options.api_keys, admin_keys=options.admin_keys))
-    return [*stack, Middleware(LimitsMiddleware, limits=options.limits), Middleware(AdmissionMiddleware)]
+    return [*stack, Middleware(LimitsMiddleware, limits=options.limits)]
 
 
 @contextlib.asynccontextmanager

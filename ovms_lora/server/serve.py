@@ -48,7 +48,7 @@ def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
     """
     source.read()
     logs.configure(options.log_level)
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    share_interpreter()
     with bind(options.host, options.port) as listener:
         failures: list[OvmsLoraError] = []
         app = build_app(options, source, load, on_failure=failures.append)
@@ -60,6 +60,11 @@ def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
             server.watchdog.stop()
     if failures:
         raise failures[0]
+
+
+def share_interpreter() -> None:
+    """Have the threads of this process take turns often enough for an engine."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 def http_config(app: FastAPI, options: ServerOptions) -> uvicorn.Config:

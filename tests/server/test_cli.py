@@ -11,6 +11,7 @@ import pytest
 
 from ovms_lora import __version__, cli
 from ovms_lora.core.config import LoraOptions
+from ovms_lora.core.speculation import parse_speculative_config
 from ovms_lora.server.keys import plain_keys
 from ovms_lora.server.model_source import ConfigFile, ModelSource, ModelSpec, SingleModel
 from ovms_lora.server.options import ServerOptions
