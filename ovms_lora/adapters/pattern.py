@@ -25,7 +25,7 @@ from ovms_lora.core.errors import AdapterError, AdapterErrorCode
 
 _LONGEST_PATTERN = 4096
 _STEPS_PER_LOAD = 20_000
-_CHARACTERS_PER_STEP = 2  # compiling two characters takes about as long as a step
+_STEPS_PER_CHARACTER = 2  # compiling a character takes about as long as so many steps
 
 
 class StepBudget:
@@ -59,7 +59,7 @@ class Pattern:
             raise AdapterError(
                 AdapterErrorCode.CONFIG_INVALID, f"{field}: a pattern is longer than {_LONGEST_PATTERN} characters"
             )
-        budget.spend(len(pattern) // _CHARACTERS_PER_STEP, field)
+        budget.spend(len(pattern) * _STEPS_PER_CHARACTER, field)
         try:
             self._steps = compile_steps(pattern)
         except PatternSyntaxError as error:
