@@ -70,11 +70,15 @@ class Engines:
                     raise UnavailableError("the replica that worked on the request has gone") from error
 
     async def metrics(self) -> bytes:
-        """Return the metrics of all replicas, each with the replica's name. Raises UnavailableError."""
+        """Return the metrics of the replicas that answer, each with its name. Raises UnavailableError when none does."""
+        called = self._handle.broadcast("metrics")
         try:
-            parts = await self._handle.broadcast("metrics").results_async(timeout_s=_METRICS_SECONDS)
+            answers = await called.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
         except (TimeoutError, RayServeException, RayError) as error:
             raise UnavailableError("no replica tells its metrics now") from error
+        parts = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not parts:
+            raise UnavailableError("no replica tells its metrics now")
         return merged(parts)
 
     async def _ask(self, request: Forwarded, key: str) -> AsyncGenerator[Message]:
