@@ -70,7 +70,7 @@ class Engines:
                     raise UnavailableError("the replica that worked on the request has gone") from error
 
     async def metrics(self) -> bytes:
-        """Return the metrics of the replicas that answer, each with its name. Raises UnavailableError when none does."""
+        """Return the metrics of the replicas that answer, each with its name. Raises UnavailableError if none does."""
         called = self._handle.broadcast("metrics")
         try:
             answers = await called.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
