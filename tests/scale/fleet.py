@@ -34,7 +34,7 @@ from tests.tiny_llama import CHAT_TEMPLATE
 MAX_LORAS = 4
 TARGET = 4
 MAX_SEQUENCES = 16
-WAITING = 8
+WAITING = 16
 COLD = tuple(f"cold-{number}" for number in range(40))  # adapters on the loading path
 BASE, SQL = "tiny", "sql"
 KEY, ADMIN = "some-key", "admin-key"
