@@ -20,12 +20,10 @@ from ovms_lora.engine.device import device_error, openvino_core
 from ovms_lora.engine.linears import find_linears, group_linears
 from ovms_lora.engine.lora_graph import LoraForm, insert_lora
 from ovms_lora.engine.lora_states import LoraStates
-from ovms_lora.engine.memory import available_memory, total_memory
+from ovms_lora.engine.memory import available_memory
 from ovms_lora.engine.paged_graph import IR_NAME, head_of, read_paged_model
-from ovms_lora.engine.unpacked_weights import multiplies_bytes, unpack_weights
 
 _PLAIN_SHARE = 1 / 8  # of the memory that is free: up to there weights may be held twice
-_UNPACKED_SHARE = 1 / 16  # of the machine's memory: up to there weights may be held in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +81,6 @@ class GraphSource:
         weights = (self._folder / IR_NAME).with_suffix(".bin").stat().st_size
         return weights <= _PLAIN_SHARE * available_memory()
 
-    @cached_property
-    def _unpacks(self) -> bool:
-        """Whether integer weights are unpacked: the processor gains by it, and they stay a small part of its memory.
-
-        What is free just now has no say: the same machine computes the same numbers at every start.
-        """
-        if self._options.device != "CPU" or self.inference_dtype != "f32" or multiplies_bytes():
-            return False
-        elements = sum(shape.out_features * shape.in_features for shape in self.linears.shapes.values())
-        return elements * np.dtype(np.float32).itemsize <= _UNPACKED_SHARE * total_memory()
-
     def compile(self, lora: LoraTargets | None = None) -> CompiledGraph:
         """Compile the graph; takes seconds, from any thread. Raises ModelFolderError when the device refuses it."""
         model = self._read.pop() if self._read else read_paged_model(self._core, self._folder)
@@ -102,8 +89,6 @@ class GraphSource:
         if lora and lora.paths:
             form = LoraForm(lora.width, lora.dtype, sums=lora.sums, zero_row=self._needs_zero_row)
             layout = insert_lora(model, groups, lora.paths, form, head=self._head)
-        if self._unpacks:
-            unpack_weights(model)
         model.validate_nodes_and_infer_types()
         compiled = self._compiled(model)
         request = compiled.create_infer_request()

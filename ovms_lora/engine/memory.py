@@ -1,4 +1,4 @@
-"""How much memory this process may take, and still take: the machine's, or its control group's when that is less."""
+"""How much memory this process may still take: the machine's, or its control group's when that is less."""
 
 from __future__ import annotations
 
@@ -24,37 +24,23 @@ _V1 = _Accounting(
 
 def available_memory(root: Path = Path("/")) -> int:
     """Return bytes that can be allocated without swapping; `root` is where /proc and /sys are found."""
-    left = (_left_in_group(root, files) for files in (_V2, _V1))
-    return min([_machine(root, "MemAvailable"), *(size for size in left if size is not None)])
+    limits = [_machine(root), *(_control_group(root, version) for version in (_V2, _V1))]
+    return min(limit for limit in limits if limit is not None)
 
 
-def total_memory(root: Path = Path("/")) -> int:
-    """Return bytes that the process could have if nothing else ran; always the same on one machine."""
-    limits = (_group_limit(root / files.folder, files) for files in (_V2, _V1))
-    return min([_machine(root, "MemTotal"), *(limit for limit in limits if limit is not None)])
-
-
-def _machine(root: Path, key: str) -> int:
+def _machine(root: Path) -> int:
     for line in (root / "proc/meminfo").read_text().splitlines():
-        if line.startswith(f"{key}:"):
+        if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 1 << 30  # a kernel that does not say: assume a small machine
 
 
-def _left_in_group(root: Path, files: _Accounting) -> int | None:
+def _control_group(root: Path, files: _Accounting) -> int | None:
     folder = root / files.folder
-    limit = _group_limit(folder, files)
-    try:
-        used = int((folder / files.used).read_text()) - _idle_file_pages(folder / "memory.stat", files.idle)
-    except (OSError, ValueError):
-        return None
-    return None if limit is None else max(limit - used, 0)
-
-
-def _group_limit(folder: Path, files: _Accounting) -> int | None:
     try:
         limit = (folder / files.limit).read_text().strip()
-        return None if limit == "max" else int(limit)
+        used = int((folder / files.used).read_text()) - _idle_file_pages(folder / "memory.stat", files.idle)
+        return None if limit == "max" else max(int(limit) - used, 0)
     except (OSError, ValueError):
         return None
 
