@@ -30,7 +30,7 @@ from tests.server.serving import FakeModels, Served, serving, write_lora_config
 from tests.server.test_adapter_updates import BAD, GREEDY, load, unload
 from tests.server.test_faults import Client, until
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
 
 VERSIONS = 4
 COMPLETIONS = "/v1/completions"
