@@ -13,7 +13,15 @@ from typing import Any
 from ovms_lora.core.errors import UsageError
 from ovms_lora.core.flags import FlagParser
 from ovms_lora.scale.config import TARGET, ScaleConfig
-from ovms_lora.server.serve_flags import count, json_object, model_source, monitored, serve_parser, server_options
+from ovms_lora.server.serve_flags import (
+    count,
+    json_object,
+    model_source,
+    monitored,
+    positive,
+    serve_parser,
+    server_options,
+)
 
 # What Serve's own file says elsewhere.
 _NOT_IN_A_FILE = {
@@ -102,10 +110,4 @@ def _bounds(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def _cpus(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= 1024:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processors")
-    return number
+    return positive(text, 1024, "processors")

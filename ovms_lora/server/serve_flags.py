@@ -259,14 +259,19 @@ def count(text: str) -> int:
     return int(text)
 
 
-def _gigabytes(text: str) -> float:
+def positive(text: str, most: float, what: str) -> float:
+    """Read a number above 0 and up to `most`; `what` it counts is for the error."""
     try:
-        size = float(text)
+        number = float(text)
     except ValueError:
-        size = 0.0
-    if not 0 < size <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GB")
-    return size
+        number = 0.0
+    if not 0 < number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}")
+    return number
+
+
+def _gigabytes(text: str) -> float:
+    return positive(text, 1e6, "GB")
 
 
 def _total_rank(text: str) -> int | str:
