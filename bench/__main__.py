@@ -15,11 +15,12 @@ from bench.parts import PARTS
 from bench.plots import draw
 from bench.report import report
 from bench.results import read_parts, write_part
+from ovms_lora.cli import exit_code
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what is asked for; return the exit code."""
-    given = parse(argv)
+def run(words: Sequence[str]) -> int:
+    """Measure what is asked for; return the exit code. Raises UsageError."""
+    given = parse(words)
     for model in () if given.report else given.models:
         for part in PARTS:
             if not given.names or part.name in given.names:
@@ -41,4 +42,4 @@ def _measure(part: Part, model: str, *, long: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(run, sys.argv[1:]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.parts import PARTS
+from ovms_lora.core.errors import UsageError
+from ovms_lora.core.flags import FlagParser, did_you_mean
 
 MODEL_NAMES = ("smollm2", "llama-1b")
+_PART_NAMES = tuple(part.name for part in PARTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,29 +23,25 @@ class Arguments:
     report: bool
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """Return the parser of the command line."""
     description = "Measure on this machine. Results are written to bench/results/ of the repository."
-    parser = argparse.ArgumentParser(prog="ovms-lora bench", description=description)
-    known = ", ".join(part.name for part in PARTS)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"parts to measure, of {known}; default all")
-    models = f"of {', '.join(MODEL_NAMES)}; default smollm2; made at first use"
-    parser.add_argument("--models", default="smollm2", metavar="NAMES", help=models)
-    parser.add_argument("--long", action="store_true", help="more rounds, sizes and adapters")
-    parser.add_argument("--report", action="store_true", help="measure nothing: draw and report what was measured")
+    parser = FlagParser(prog="ovms-lora bench", description=description)
+    parts, models = ", ".join(_PART_NAMES), ", ".join(MODEL_NAMES)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"parts to measure, of {parts}; default all")
+    parser.add("models", default="smollm2", metavar="NAMES", help=f"of {models}; default smollm2; made at first use")
+    parser.add("long", action="store_true", help="more rounds, sizes and adapters")
+    parser.add("report", action="store_true", help="measure nothing: draw and report what was measured")
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> Arguments:
-    """Return what the command line asks for; ends the process where that is unknown."""
-    parser = build_parser()
-    given = parser.parse_args(argv)
+def parse(words: Sequence[str]) -> Arguments:
+    """Return what the command line asks for. Raises UsageError where that is unknown."""
+    given = build_parser().parse_all(words)
     models = tuple(given.models.split(","))
-    for kind, names, known in (
-        ("part", given.names, [part.name for part in PARTS]),
-        ("model", models, MODEL_NAMES),
-    ):
+    for kind, names, known in (("part", given.names, _PART_NAMES), ("model", models, MODEL_NAMES)):
         for name in names:
             if name not in known:
-                parser.error(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+                hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
+                raise UsageError(f"unknown {kind} {name!r}", hint=hint)
     return Arguments(tuple(given.names), models, given.long, given.report)

@@ -21,8 +21,13 @@ from ovms_lora.core.flags import FlagParser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return exit_code(_run, arguments)
+
+
+def exit_code(run: Callable[[list[str]], int], words: list[str]) -> int:
+    """Run a command; return its exit code, having printed what went wrong."""
     try:
-        return _run(arguments)
+        return run(words)
     except OvmsLoraError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:

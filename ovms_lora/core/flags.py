@@ -36,7 +36,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UsageError, with what a wrong choice may have meant."""
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        close = _did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else None
+        close = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else None
         raise UsageError(message, hint=close or f"{self.prog} --help says more")
 
     def _with_commands(self) -> Iterator[argparse.ArgumentParser]:
@@ -52,7 +52,7 @@ class FlagParser(argparse.ArgumentParser):
         flag, equals, value = word.partition("=")
         if _spelling(flag) in flags:
             return flags[_spelling(flag)] + equals + value
-        close = _did_you_mean(flag, [*flags.values(), *flags])
+        close = did_you_mean(flag, [*flags.values(), *flags])
         raise UsageError(f"unknown flag {flag}", hint=close or f"{self.prog} --help lists the flags")
 
 
@@ -60,6 +60,7 @@ def _spelling(flag: str) -> str:
     return flag.replace("_", "-")
 
 
-def _did_you_mean(given: str, known: Sequence[str]) -> str | None:
+def did_you_mean(given: str, known: Sequence[str]) -> str | None:
+    """Return a hint that names what of `known` a wrong word resembles, None where nothing does."""
     near = difflib.get_close_matches(given, known, n=1)
     return f"did you mean {near[0]}?" if near else None

@@ -32,8 +32,12 @@ def test_parts_and_models_are_asked_for_by_name() -> None:
     assert (given.names, given.models, given.long) == (("batches", "memory"), MODEL_NAMES, True)
 
 
-@pytest.mark.parametrize("wrong", [["nonsense"], ["--models", "nonsense"]])
-def test_an_unknown_name_is_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        parse(wrong)
-    assert "'nonsense'; there are" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [(["batchs"], "did you mean batches?"), (["--models", "x"], "there are smollm2, llama-1b"), (["--lnog"], "--long")],
+)
+def test_what_is_unknown_is_refused_with_a_hint(wrong: list[str], hint: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *wrong]) == 2
+    shown = capfd.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in shown] == ["error", "hint"]
+    assert hint in shown[1]
