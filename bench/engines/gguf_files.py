@@ -82,7 +82,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: Path) -> None:
 
 
 def _tensors(source: Path, path: Path, prefix: str) -> Iterator[tuple[str, _Array]]:
-    """Yield the tensors under GGUF's names; those of LoRA end in lora_a and lora_b."""
+    """Yield the tensors under GGUF's names; those of LoRA end in .weight.lora_a and .weight.lora_b."""
     config = _config(source)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     with safe_open(path, "pt") as file:
@@ -93,7 +93,7 @@ def _tensors(source: Path, path: Path, prefix: str) -> Iterator[tuple[str, _Arra
             assert found, f"{module} is no part of a Llama"
             if part != "A":
                 array = _in_order(module, array, config)
-            yield f"{found}.lora_{part.lower()}" if part else f"{found}.weight", array
+            yield f"{found}.weight.lora_{part.lower()}" if part else f"{found}.weight", array
 
 
 def _in_order(module: str, array: _Array, config: dict[str, Any]) -> _Array:
