@@ -40,11 +40,13 @@ def measure(model: Path, plan: Plan) -> list[Row]:
         for batch in _BATCHES:
             taking_part = _without_slow(plain, keep=plan.long or batch == _ADAPTERS)
             rows += _compare("plain", [None] * batch, taking_part, plan)
+    setup = replace(setup, adapters=adapters)
     with ExitStack() as stack:
-        mixed = {name: stack.enter_context(_started(name, replace(setup, adapters=adapters))) for name in installed()}
+        quick_enough = [name for name in installed() if plan.long or name != _SLOW]
+        mixed = {name: stack.enter_context(_started(name, setup)) for name in quick_enough}
         for batch in _BATCHES[1:]:
             names = [f"a{index % _ADAPTERS}" for index in range(batch)]
-            rows += _compare(f"{_ADAPTERS} adapters", names, _without_slow(mixed, keep=plan.long), plan)
+            rows += _compare(f"{_ADAPTERS} adapters", names, mixed, plan)
     return rows
 
 
