@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_THREADS = "INFERENCE_NUM_THREADS"
 _START_SECONDS = 0.05
 
 
@@ -48,7 +47,7 @@ class EngineReplica:
         logs.configure(options.log_level)
         share_interpreter()
         self._failures: list[OvmsLoraError] = []
-        self._app = build_app(options, source, partial(_load, threads), on_failure=self._failures.append)
+        self._app = build_app(options, source, partial(load_on_share, threads), on_failure=self._failures.append)
         self._server: ServerState = self._app.state.server
         self._life = contextlib.AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
@@ -102,10 +101,22 @@ class EngineReplica:
         await self._life.aclose()
 
 
-def _load(
-    threads: int, folder: Path, *, graph_path: str | None, plugin_config: dict[str, Any], **others: Any
+def load_on_share(
+    threads: int,
+    folder: Path,
+    *,
+    graph_path: str | None,
+    device: str | None,
+    plugin_config: dict[str, Any],
+    **others: Any,
 ) -> LoadedModel:
-    """Load a model to run on the replica's share of the processor, unless its configuration says how many threads."""
+    """Load a model to run on the replica's share of the processors, unless its configuration says otherwise.
+
+    OpenVINO's CPU device binds its threads to processors, counting from the first one in every process: replicas of one
+    machine would share it and leave the others idle.
+    """
     _, options = read_options(folder, graph_path)
-    own = {} if _THREADS in options.plugin_config else {_THREADS: threads}
-    return load_model(folder, graph_path=graph_path, plugin_config={**own, **plugin_config}, **others)
+    share = {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    own = share if (device or options.device) == "CPU" else {}
+    properties = {**own, **options.plugin_config, **plugin_config}
+    return load_model(folder, graph_path=graph_path, device=device, plugin_config=properties, **others)
