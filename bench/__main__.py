@@ -6,21 +6,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench.arguments import parse
-from bench.models import MODELS
 from bench.part import Part, Plan
 from bench.parts import PARTS
-from bench.plots import draw
 from bench.report import report
 from bench.results import read_parts, write_part
 from ovms_lora.cli import exit_code
+from ovms_lora.core.errors import UsageError
 
 
 def run(words: Sequence[str]) -> int:
     """Measure what is asked for; return the exit code. Raises UsageError."""
     given = parse(words)
+    if find_spec("matplotlib") is None:
+        raise UsageError("what the benchmarks need is not installed", hint="make bench installs it, and measures")
+    from bench.plots import draw
+
     for model in () if given.report else given.models:
         for part in PARTS:
             if not given.names or part.name in given.names:
@@ -33,6 +37,8 @@ def run(words: Sequence[str]) -> int:
 
 
 def _measure(part: Part, model: str, *, long: bool) -> None:
+    from bench.models import MODELS
+
     begin = time.monotonic()
     print(f"{model}, {part.name}: {part.says}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
