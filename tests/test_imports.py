@@ -73,7 +73,7 @@ def test_only_the_server_knows_http(part: str) -> None:
 
 def test_a_fresh_server_has_loaded_nothing_of_the_export() -> None:
     program = (
-        "import sys, ovms_lora.cli, ovms_lora.engine.model, ovms_lora.server.serve\n"
+        "import sys, ovms_lora.cli, ovms_lora.engine.model, ovms_lora.server.http_server\n"
         f"print(*sorted(set(sys.modules) & {EXPORT_ONLY!r}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

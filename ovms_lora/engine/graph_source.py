@@ -5,6 +5,7 @@ Knows the folder, the device and what is to be in the graph; runs nothing.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +58,7 @@ class GraphSource:
         self._core = openvino_core()
         self._folder, self._options = folder, options
         model = read_paged_model(self._core, folder)
-        self._read: list[ov.Model] = [model]  # for the first graph; the next ones read it anew
+        self._read = deque([model])  # for the first graph; the next ones read it anew
         linears = find_linears(model)
         head = head_of(model).get_friendly_name()
         self._head = next((linear.path for linear in linears if linear.node.get_friendly_name() == head), "")
@@ -83,7 +84,10 @@ class GraphSource:
 
     def compile(self, lora: LoraTargets | None = None) -> CompiledGraph:
         """Compile the graph; takes seconds, from any thread. Raises ModelFolderError when the device refuses it."""
-        model = self._read.pop() if self._read else read_paged_model(self._core, self._folder)
+        try:
+            model = self._read.pop()
+        except IndexError:
+            model = read_paged_model(self._core, self._folder)
         groups = group_linears(find_linears(model))
         layout = None
         if lora and lora.paths:

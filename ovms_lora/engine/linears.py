@@ -145,5 +145,6 @@ def _joined_constants(nodes: Sequence[ov.Node]) -> ov.Output | None:
     shapes = {tuple(node.get_output_shape(0))[1:] for node in nodes}
     if len(shapes) > 1 or any(len(node.get_output_shape(0)) != 2 for node in nodes):
         return None
-    output: ov.Output = ops.constant(np.concatenate([node.data for node in nodes])).output(0)
+    joined = np.concatenate([node.data for node in nodes])
+    output: ov.Output = ops.constant(joined, shared_memory=True).output(0)
     return output

@@ -47,12 +47,17 @@ class LoraGraphs:
         """The digests of the adapters in the graph."""
         return self._residency.resident if self._residency else ()
 
-    def compile(self, entries: Collection[Registered], *, sums: bool) -> CompiledGraph:
-        """Compile the first graph, for these adapters; `sums` says that requests may use several at once."""
+    def compile(self, entries: Collection[Registered], *, sums: bool) -> CompiledGraph | None:
+        """Compile the first graph for these adapters; None where none of them is there to need one.
+
+        `sums` says that requests may use several adapters at once.
+        """
         self._targets = self._wanted(entries, sums=sums)
-        graph = self._source.compile(self._targets)
+        graph = self._source.compile(self._targets) if self._targets.paths else None
         rank = self._needed_rank(entries)
-        self._residency = LoraResidency(graph.states, total_rank=rank, max_loras=self._options.max_loras)
+        self._residency = LoraResidency(
+            graph.states if graph else None, total_rank=rank, max_loras=self._options.max_loras
+        )
         self.name(entries)
         return graph
 

@@ -81,8 +81,8 @@ class LoraRuntime:
         """The type of the states: "f32" or "bf16"."""
         return self._dtype
 
-    def compile(self) -> CompiledGraph:
-        """Compile the first graph, for the adapters that are registered by now."""
+    def compile(self) -> CompiledGraph | None:
+        """Compile the first graph for the adapters that are registered by now; None where none needs one."""
         return self.graphs.compile(self.store.registered.values(), sums=bool(self._composites))
 
     def cards(self) -> tuple[AdapterCard, ...]:

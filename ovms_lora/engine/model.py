@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
@@ -75,6 +76,20 @@ class LoadedModel:
         return own or self.chat_template
 
 
+class _Text(NamedTuple):
+    """What turns a model's tokens into text and back."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    constraints: ConstraintCompiler
+
+    @classmethod
+    def read(cls, folder: Path, defaults: GenerationDefaults) -> _Text:
+        """Read a folder's. Raises ModelFolderError."""
+        tokenizer = Tokenizer.from_folder(folder)
+        return cls(tokenizer, ChatTemplate.from_folder(folder), ConstraintCompiler(tokenizer, defaults.eos_token_ids))
+
+
 def load_model(
     folder: Path,
     *,
@@ -98,16 +113,19 @@ def load_model(
     if (looks_up := take_prompt_lookup(properties)) is not None:
         options = replace(options, speculation=SpeculationOptions() if looks_up else None)
     options = replace(options, **(overrides or {}), device=device or options.device, plugin_config=properties)
-    tokenizer = Tokenizer.from_folder(folder)
-    template = ChatTemplate.from_folder(folder)
     defaults = read_generation_defaults(folder, options.generation_config_path)
     max_model_len = read_max_model_len(folder)
-    constraints = ConstraintCompiler(tokenizer, defaults.eos_token_ids)
     graphs = GraphSource(folder, options)
-    runtime = LoraRuntime(graphs, lora) if lora else None
-    graph = runtime.compile() if runtime else graphs.compile()
-    plain = graphs.compile() if graph.states and graphs.affords_plain else None
-    runner = OpenVinoRunner(graph, options, max_model_len=max_model_len, plain=plain)
+    # Compiling is the work of one thread for seconds: everything else is done beside it.
+    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
+        compiling = pool.submit(graphs.compile) if lora is None or graphs.affords_plain else None
+        text = pool.submit(_Text.read, folder, defaults)
+        runtime = LoraRuntime(graphs, lora) if lora else None
+        with_lora = runtime.compile() if runtime else None
+        plain = compiling.result() if compiling else None
+        tokenizer, template, constraints = text.result()
+    graph = with_lora or plain or graphs.compile()
+    runner = OpenVinoRunner(graph, options, max_model_len=max_model_len, plain=plain if with_lora else None)
     engine = Engine(
         runner,
         tokenizer,

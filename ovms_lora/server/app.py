@@ -25,8 +25,9 @@ from ovms_lora.server.adapter_updates import AdapterUpdates
 from ovms_lora.server.admission import AdmissionMiddleware
 from ovms_lora.server.auth import ApiKeyMiddleware
 from ovms_lora.server.disconnect import ClientGoneError
+from ovms_lora.server.early_load import LoadModel
 from ovms_lora.server.errors import error_style
-from ovms_lora.server.lifecycle import Lifecycle, LoadModel
+from ovms_lora.server.lifecycle import Lifecycle
 from ovms_lora.server.limits import LimitsMiddleware
 from ovms_lora.server.metrics import Metrics
 from ovms_lora.server.model_source import ModelSource

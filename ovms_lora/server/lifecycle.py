@@ -11,47 +11,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.server.async_engine import AsyncEngine
+from ovms_lora.server.early_load import LoadModel
 from ovms_lora.server.fault_log import FaultLog
 from ovms_lora.server.model_source import ModelSource, ModelSpec
 from ovms_lora.server.options import Limits
 from ovms_lora.server.registry import ModelRegistry, ModelState, ModelStatus, ServedModel
 
 if TYPE_CHECKING:
-    from ovms_lora.engine.engine import Deliver
-    from ovms_lora.engine.lora_config import LoraConfig
-    from ovms_lora.engine.model import LoadedModel
+    pass
 
 log = logging.getLogger(__name__)
-
-
-class LoadModel(Protocol):
-    """Loads a model folder and starts its engine; `ovms_lora.engine.model.load_model` in service."""
-
-    def __call__(
-        self,
-        folder: Path,
-        *,
-        deliver: Deliver,
-        graph_path: str | None,
-        device: str | None,
-        plugin_config: dict[str, Any],
-        overrides: Mapping[str, Any],
-        lora: LoraConfig | None,
-        max_waiting: int,
-    ) -> LoadedModel:
-        """Return the loaded model; adapters that cannot be loaded stand in its `lora.failures`.
-
-        Raises ModelFolderError.
-        """
 
 
 class Lifecycle:
@@ -215,13 +193,8 @@ class Lifecycle:
         bridge = AsyncEngine(asyncio.get_running_loop(), buffered_outputs=self._limits.buffered_outputs)
         model = await asyncio.to_thread(
             self._load_model,
-            spec.folder,
+            **spec.load_arguments,
             deliver=bridge.deliver,
-            graph_path=spec.entry.graph_path,
-            device=spec.entry.target_device,
-            plugin_config=dict(spec.plugin_config),
-            overrides={"speculation": spec.speculation} if spec.speculation else {},
-            lora=spec.lora,
             max_waiting=self._limits.waiting_requests,
         )
         bridge.attach(model.engine)

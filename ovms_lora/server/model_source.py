@@ -67,6 +67,18 @@ class ModelSpec:
             return ()
         return (*(a.alias for a in self.lora.adapters), *(c.alias for c in self.lora.composites))
 
+    @property
+    def load_arguments(self) -> dict[str, Any]:
+        """What `load_model` is called with to serve it, apart from what the server decides."""
+        return {
+            "folder": self.folder,
+            "graph_path": self.entry.graph_path,
+            "device": self.entry.target_device,
+            "plugin_config": dict(self.plugin_config),
+            "overrides": {"speculation": self.speculation} if self.speculation else {},
+            "lora": self.lora,
+        }
+
     def same_base(self, other: ModelSpec) -> bool:
         """Whether a model that serves `other` can serve this by another LoraConfig alone."""
         return self._base() == other._base()

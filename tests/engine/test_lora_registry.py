@@ -202,7 +202,8 @@ class RegistryMachine(RuleBasedStateMachine):
         config = LoraConfig(self.options, tuple(specs), loading_path=self.place)
         self.configured, self.by_clients = {spec.alias: spec for spec in specs}, dict[str, AdapterSpec]()
         self.runtime = LoraRuntime(cast(GraphSource, self.device), config)
-        self.device.adopt(self.runtime.compile(), keep_plain=True)
+        if graph := self.runtime.compile():
+            self.device.adopt(graph, keep_plain=True)
         self.runtime.graphs.attach(cast(Engine, self.device), cast(OpenVinoRunner, self.device))
         good = [spec for spec in specs if self.rank_allowed(self.content[spec.folder])]
         self.known = {spec.alias: self.as_known(spec) for spec in good}

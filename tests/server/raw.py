@@ -9,8 +9,8 @@ from pathlib import Path
 
 from uvicorn.server import ServerState
 
+from ovms_lora.server.http_server import http_config
 from ovms_lora.server.options import Limits, ServerOptions
-from ovms_lora.server.serve import http_config
 from tests.server.serving import FakeModels, Served, serving
 
 HEAD = b"POST /v3/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
