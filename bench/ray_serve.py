@@ -2,7 +2,9 @@
 
     python -m bench.ray_serve
 
-Each replica has one thread, as the server that is asked directly. All are up at the same time and are asked in turn.
+Each replica has one thread, as the servers that are asked directly. All are up at the same time and are asked in turn.
+Two replicas get twice the streams of one, so that each works on as many rows. Two servers without Ray are asked in the
+same way: what they do not reach together is the machine's doing.
 """
 
 from __future__ import annotations
@@ -23,19 +25,19 @@ from bench.workload import prompts
 
 _VOCABULARY = 1000
 _FIRST_TOKENS, _WARM = 60, 10
-_STREAMS, _TOKENS, _ROUNDS = 16, 32, 3
-_ONE_THREAD = ("--plugin_config", '{"INFERENCE_NUM_THREADS": 1}')
-# A replica is full with half of the streams, so that two of them share these evenly.
-_RAY = ("--num_cpus", "1", "--target_ongoing_requests", str(_STREAMS // 2))
+_STREAMS, _TOKENS, _ROUNDS = 8, 32, 5  # streams of one replica
+_ONE_THREAD = ("--plugin_config", '{"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": false}')
+# Full with its streams, so that two of them share twice as many evenly.
+_RAY = ("--num_cpus", "1", "--target_ongoing_requests", str(_STREAMS))
 
 
 def main() -> int:
     """Measure; print the numbers and keep them."""
     with ExitStack() as stack:
-        direct = stack.enter_context(_up("serve", *_ONE_THREAD))
+        direct, other = (stack.enter_context(_up("serve", *_ONE_THREAD)) for _ in range(2))
         one = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "1"))
         two = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "2"))
-        found = {"first_token_ms": _first_tokens(direct, one), "tokens_per_second": _rates(one, two)}
+        found = {"first_token_ms": _first_tokens(direct, one), "tokens_per_second": _rates(direct, other, one, two)}
     path = ROOT / "bench" / "results" / "ray_serve.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -53,24 +55,24 @@ def _first_tokens(direct: int, one: int) -> dict[str, float]:
     return found
 
 
-def _rates(one: int, two: int) -> dict[str, float]:
-    """Return medians of tokens per second, and of the ratio within a round."""
-    rounds = [(_rate(one), _rate(two)) for _ in range(_ROUNDS + 1)][1:]
-    found = {
-        "one": statistics.median(first for first, _ in rounds),
-        "two": statistics.median(second for _, second in rounds),
-        "ratio": statistics.median(second / first for first, second in rounds),
-    }
+def _rates(direct: int, other: int, one: int, two: int) -> dict[str, float]:
+    """Return medians of tokens per second, and of what two reach of one in the same round."""
+    ports = {"server": [direct], "two_servers": [direct, other], "replica": [one], "two_replicas": [two, two]}
+    rounds = [{name: _rate(asked) for name, asked in ports.items()} for _ in range(_ROUNDS + 1)][1:]
+    found = {name: statistics.median(rates[name] for rates in rounds) for name in ports}
+    found["ratio"] = statistics.median(rates["two_replicas"] / rates["replica"] for rates in rounds)
+    found["ratio_of_servers"] = statistics.median(rates["two_servers"] / rates["server"] for rates in rounds)
     print("tokens per second:", json.dumps(found), flush=True)
     return found
 
 
-def _rate(port: int) -> float:
-    asked = prompts(_STREAMS, 16, vocabulary=_VOCABULARY)
+def _rate(ports: list[int]) -> float:
+    """Return the tokens per second of streams at all of the ports, as many at each."""
+    asked = prompts(_STREAMS * len(ports), 16, vocabulary=_VOCABULARY)
     begun = time.perf_counter()
-    with ThreadPoolExecutor(_STREAMS) as pool:
-        list(pool.map(lambda prompt: _stream(port, prompt, _TOKENS), asked))
-    return _STREAMS * _TOKENS / (time.perf_counter() - begun)
+    with ThreadPoolExecutor(len(asked)) as pool:
+        list(pool.map(lambda port, prompt: _stream(port, prompt, _TOKENS), ports * _STREAMS, asked))
+    return len(asked) * _TOKENS / (time.perf_counter() - begun)
 
 
 def _stream(port: int, prompt: list[int], tokens: int) -> float:

@@ -6,6 +6,7 @@ Owns flags, exit codes and how errors look: `error:` and `hint:` on stderr; 0 is
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from pathlib import Path
 from ovms_lora import __version__
 from ovms_lora.core.errors import OvmsLoraError, UsageError
 from ovms_lora.core.flags import FlagParser
+
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +36,9 @@ def exit_code(run: Callable[[list[str]], int], words: list[str]) -> int:
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _run(words: list[str]) -> int:
@@ -122,6 +128,9 @@ def _ray(words: list[str]) -> int:
     config = scale_config(arguments)
     if find_spec("ray") is None:
         raise UsageError("Ray is not installed", hint='pip install "ovms-lora[ray]"')
+    from ovms_lora.scale.config import prefer_ray_environment
+
+    prefer_ray_environment()
     from ovms_lora.scale.run import run
 
     run(config, arguments.address)

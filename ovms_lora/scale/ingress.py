@@ -11,7 +11,9 @@ Both dialects are the replicas' own; here an answer is made only where no replic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -52,6 +54,8 @@ class Ingress:
         self._version = 0  # of the ledger, as far as this ingress has a part in it
         self._workers = Workers()
         self._draining = False
+        self._active = 0  # requests that were passed on and have not ended
+        self._idle = asyncio.Event()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application: as every server's, behind log, origins, keys and bounds."""
@@ -60,9 +64,13 @@ class Ingress:
             app = layer.cls(app, *layer.args, **layer.kwargs)
         return _for_serve(app)
 
-    def drain(self) -> None:
-        """Refuse new requests from now on; those that run go on."""
+    async def drain(self) -> None:
+        """Refuse new requests from now on; return when those that run have ended, or have had their time."""
         self._draining = True
+        if self._active:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), self._options.limits.drain_seconds)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         relay, style = Relay(send), error_style(scope["path"])
@@ -74,7 +82,8 @@ class Ingress:
             elif scope["method"] == "GET" and scope["path"] == "/metrics" and self._options.metrics:
                 await _PlainMetrics(await self._engines.metrics())(scope, receive, relay)
             else:
-                await self._pass_on(scope, receive, relay)
+                with self._at_work():
+                    await self._pass_on(scope, receive, relay)
         except HTTPException as error:  # a bound on the body
             await style.http(error)(scope, receive, relay)
         except ClientGoneError:
@@ -84,6 +93,16 @@ class Ingress:
                 await _cut(relay, error, event(style.body(error)))
             else:
                 await style.response(error)(scope, receive, relay)
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self._active += 1
+        try:
+            yield
+        finally:
+            self._active -= 1
+            if self._active == 0:
+                self._idle.set()
 
     async def _pass_on(self, scope: Scope, receive: Receive, relay: Relay) -> None:
         body, method, path = await received_body(receive), scope["method"], scope["path"]

@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 
 from ovms_lora.core.errors import ConfigError, EngineError
 from ovms_lora.scale.app import build_app
-from ovms_lora.scale.config import APPLICATION, ScaleConfig
+from ovms_lora.scale.config import APPLICATION, ScaleConfig, prefer_cluster_environment
 from ovms_lora.server import logs
 from ovms_lora.server.serve import bind, url_of
 
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 # Objects are requests and pieces of answers, and no tensors.
 _OBJECT_STORE_BYTES = 100 * 2**20
 
-# Nothing goes out of the house unless somebody wants it to; and what serves is not less urgent than all else.
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+_GRACE_SECONDS = 5.0
 
 
 def run(config: ScaleConfig, address: str | None) -> None:
@@ -47,13 +47,14 @@ def run(config: ScaleConfig, address: str | None) -> None:
     application = build_app(config)
     with bind(config.options.host, config.options.port) as listener:
         url, port = url_of(listener), listener.getsockname()[1]
-    with _ray(address), _signals() as signals:
+    with _signals() as signals, _ray(address):
+        signals.listen()  # again: Ray has put its own handlers there
         serve.start(http_options={"host": config.options.host, "port": port})
         try:
             _deploy(application)
             print(f"ready: {url} serving with {_number(config)}", file=sys.stderr, flush=True)
             signals.wait()
-            _drain()
+            _drain(config.options.limits.drain_seconds)
         finally:
             serve.delete(APPLICATION)
 
@@ -75,8 +76,7 @@ def _number(config: ScaleConfig) -> str:
 
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prefer_cluster_environment()
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
         ray.init(address=address or "local", log_to_driver=True, **({} if address else own))
@@ -100,13 +100,17 @@ class _Signals:
         self._waiting = False
         self._came = threading.Event()
 
+    def listen(self) -> None:
+        """Take the signals that end a process from now on."""
+        for number in _ENDING:
+            signal.signal(number, self._on_signal)
+
     def wait(self) -> None:
         """Wait for the first signal."""
         self._waiting = True
         self._came.wait()
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal."""
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self._came.is_set():
             os._exit(128 + number)
@@ -118,7 +122,8 @@ class _Signals:
 @contextmanager
 def _signals() -> Iterator[_Signals]:
     signals = _Signals()
-    before = {number: signal.signal(number, signals.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    signals.listen()
     try:
         yield signals
     finally:
@@ -126,9 +131,9 @@ def _signals() -> Iterator[_Signals]:
             signal.signal(number, handler)
 
 
-def _drain() -> None:
-    """Have the ingress refuse what is new, so that clients hear it in their dialect while the rest ends."""
+def _drain(seconds: float) -> None:
+    """Have the ingress refuse what is new, so that clients hear it in their dialect, until the rest has ended."""
     try:
-        serve.get_app_handle(APPLICATION).broadcast("drain").results(timeout_s=5)
+        serve.get_app_handle(APPLICATION).broadcast("drain").results(timeout_s=seconds + _GRACE_SECONDS)
     except (TimeoutError, RayServeException) as error:
         log.warning("the ingress does not answer: %s", error)

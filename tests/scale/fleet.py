@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.graph_pbtxt import render_graph
 from ovms_lora.scale import build_app
-from ovms_lora.scale.config import APPLICATION, ENGINE, ScaleConfig
+from ovms_lora.scale.config import APPLICATION, ENGINE, ScaleConfig, prefer_cluster_environment
 from ovms_lora.scale.flags import config_of
 from ovms_lora.server.keys import plain_keys
 from tests.engine.lora_models import PRECISE, Base
@@ -40,9 +40,7 @@ BASE, SQL = "tiny", "sql"
 KEY, ADMIN = "some-key", "admin-key"
 PROMPT = "Once upon a time"
 _ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
-    "RAY_worker_niceness": "0",
     # So that loads are noticed in a second rather than in ten.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
@@ -82,6 +80,7 @@ def _vary(original: Path, folder: Path, number: int) -> None:
 def cluster(port: int) -> Iterator[None]:
     """Run a small Ray, with Serve on a port; nothing of it leaves the machine."""
     with mock.patch.dict(os.environ, _ENVIRONMENT):
+        prefer_cluster_environment()
         ray.init(
             address="local", num_cpus=4, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False
         )

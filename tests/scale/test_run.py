@@ -1,0 +1,120 @@
+"""`ovms-lora ray` as a process: it comes up, drains at the first signal, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.engine.lora_models import Bases
+from tests.scale.fleet import BASE, events, request, write_repository
+
+TOKENS = 490  # a stream of seconds
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = Bases(tmp_path_factory.mktemp("bases")).get("llama")
+    return write_repository(base, tmp_path_factory.mktemp("repository"))
+
+
+class Run:
+    """A running command, and what it says on stderr."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "ovms_lora.cli", "ray", "--num_cpus", "0.3", "--rest_port", "0", *flags]
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.lines: list[str] = []
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if line.startswith("ready: "):
+                self._ready.set()
+        self._ready.set()
+
+    def url(self) -> str:
+        assert self._ready.wait(120)
+        ready = next((line for line in self.lines if line.startswith("ready: ")), None)
+        assert ready, self.said()
+        return ready.split()[1]
+
+    def said(self) -> str:
+        return "".join(self.lines)
+
+    def end(self) -> int:
+        code = self.process.wait(60)
+        self._reader.join(10)
+        return code
+
+
+@contextmanager
+def running(*flags: str) -> Iterator[Run]:
+    run = Run(*flags)
+    try:
+        yield run
+    finally:
+        run.process.kill()
+        run.end()
+        assert run.process.stderr
+        run.process.stderr.close()
+
+
+def test_the_first_signal_lets_streams_end_and_refuses_what_is_new(config: Path) -> None:
+    with running("--config_path", str(config)) as run, httpx.Client(base_url=run.url(), timeout=60) as client:
+        body = request(BASE, max_tokens=TOKENS, stream=True)
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200, answer.read()
+            heard = events(answer)
+            next(heard)
+            run.process.send_signal(signal.SIGTERM)
+            codes = set[int]()
+            while 503 not in codes:
+                codes.add(httpx.post(f"{run.url()}/v1/completions", json=request(BASE, max_tokens=1)).status_code)
+                assert codes <= {200, 503}
+                time.sleep(0.05)
+            rest = list(heard)
+        assert rest[-1] == "[DONE]"
+        assert run.end() == 0, run.said()
+        assert "Traceback" not in run.said()
+
+
+def test_a_second_signal_ends_it_at_once(config: Path) -> None:
+    with running("--config_path", str(config)) as run, httpx.Client(base_url=run.url(), timeout=60) as client:
+        body = request(BASE, max_tokens=TOKENS, stream=True)
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            next(events(answer))
+            run.process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            run.process.send_signal(signal.SIGINT)
+            assert run.process.wait(5) == 128 + signal.SIGINT
+
+
+def test_a_model_that_cannot_be_loaded_is_said_and_ends_it(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with running("--model_path", str(tmp_path / "empty")) as run:
+        assert run.end() == 1
+    assert "\nerror: the replicas do not start" in run.said()
+    assert "\nhint: " in run.said()
+
+
+def test_a_signal_before_it_is_ready_ends_it(config: Path) -> None:
+    with running("--config_path", str(config)) as run:
+        time.sleep(2)
+        run.process.send_signal(signal.SIGINT)
+        assert run.end() == 128 + signal.SIGINT, run.said()
+        assert "Traceback" not in run.said()
