@@ -14,8 +14,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ovms_lora.core.errors import ExportError
 from ovms_lora.export.gguf_tokenizer import Vocabulary, build_tokenizer
@@ -31,6 +34,7 @@ _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 class _Header:
     """What the file says beside its weights; `rope_factors` divide the rotary frequencies, one for each."""
 
+    reader: Any
     metadata: dict[str, Any]
     architecture: str
     rope_factors: tuple[float, ...]
@@ -45,7 +49,7 @@ def to_hf_folder(gguf_path: Path, folder: Path) -> None:
     rope_scaling = _rope_scaling(header)
     # The tokenizer first: it is the likelier one to be refused, and takes a second where the weights take many.
     _save_tokenizer(header, folder)
-    _save_model(gguf_path, header.metadata, rope_scaling, folder)
+    _save_model(gguf_path, header, rope_scaling, folder)
 
 
 def count_weights(gguf_path: Path) -> int:
@@ -58,10 +62,21 @@ def count_weights(gguf_path: Path) -> int:
 def _reading(gguf_path: Path) -> Iterator[Any]:
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):  # type: ignore[misc] # gguf has no types
+        """Cuts plain arrays: cutting a memmap takes several times as long, and a vocabulary is cut 700,000 times."""
+
+        @property
+        def data(self) -> np.ndarray[Any, Any]:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: np.ndarray[Any, Any]) -> None:
+            self._plain = np.asarray(mapped)
+
     if not gguf_path.is_file():
         raise ExportError(f"no such GGUF file: {gguf_path}")
     try:
-        yield GGUFReader(gguf_path)
+        yield Reader(gguf_path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         # The reader maps the file into numpy, so a cut or foreign file fails in as many ways as arrays do.
         raise ExportError(f"{gguf_path} is not a whole GGUF file: {error}") from error
@@ -76,7 +91,7 @@ def _read_header(gguf_path: Path) -> _Header:
         raise ExportError("the GGUF file does not name its architecture (general.architecture)")
     if metadata.get("split.count", 1) > 1:
         raise ExportError("the GGUF file is one part of a split model", hint="join it with llama-gguf-split --merge")
-    return _Header(metadata, architecture, tuple(float(x) for x in tensors.get("rope_freqs.weight", ())))
+    return _Header(reader, metadata, architecture, tuple(float(x) for x in tensors.get("rope_freqs.weight", ())))
 
 
 def _rope_scaling(header: _Header) -> dict[str, Any]:
@@ -133,14 +148,15 @@ def _save_tokenizer(header: _Header, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _save_model(gguf_path: Path, metadata: dict[str, Any], rope_scaling: dict[str, Any], folder: Path) -> None:
+def _save_model(gguf_path: Path, header: _Header, rope_scaling: dict[str, Any], folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, output_loading_info=True
-        )
+        with _parsed_once(header.reader):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, output_loading_info=True
+            )
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ExportError(f"{gguf_path.name} cannot be loaded: {error}", hint=_HINT_USE_FOLDER) from error
     # transformers fills what it does not find with random numbers and only warns.
@@ -149,8 +165,28 @@ def _save_model(gguf_path: Path, metadata: dict[str, Any], rope_scaling: dict[st
         raise ExportError(f"{gguf_path.name} does not fit its architecture: {', '.join(lost[:5])}")
     if rope_scaling:
         model.config.rope_parameters = {**model.config.rope_parameters, **rope_scaling}
-    model.generation_config = _generation_config(metadata)
+    model.generation_config = _generation_config(header.metadata)
     model.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once(reader: Any) -> Iterator[None]:
+    """Let transformers have what is there already.
+
+    It would parse the file twice more, and make gguf's map of names anew for each module: most of an unpacking's time.
+    """
+    import gguf
+
+    def read(path: Path) -> Any:
+        del path
+        return reader
+
+    make_reader, make_names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = read, cache(make_names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = make_reader, make_names
 
 
 def _generation_config(metadata: dict[str, Any]) -> Any:
