@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from bench.part import Plan, Row
-from bench.rounds import in_turn, quantile, spreads
+from bench.rounds import quantile, spreads
 from bench.workload import Run, Server, base_linears, prompts, write_adapters
 
 PROMPT_TOKENS = 16
@@ -40,7 +40,7 @@ def measure(model: Path, plan: Plan) -> list[Row]:
             if count <= max(*plan.batches, _FEW)
         }
         for batch in plan.batches:
-            rows += _rows(batch, in_turn(_cases(batch, plain, mixed, plan.tokens), plan.rounds))
+            rows += _rows(batch, plan.in_turn(_cases(batch, plain, mixed, plan.tokens)))
     return rows
 
 

@@ -28,7 +28,13 @@ def measure(model: Path, plan: Plan) -> list[Row]:
     body = {"model": "m", "max_tokens": plan.tokens, "temperature": 0, "ignore_eos": True}
     with Server(model) as server, served("--model_path", str(model), "--model_name", "m") as url:
         directly = case(server, [None] * _STREAMS, plan.tokens)
-        found = spreads(in_turn({"engine": lambda number: directly(number).rate, "http": over_http}, plan.rounds))
+        found = spreads(
+            in_turn(
+                {"engine": lambda number: directly(number).rate, "http": over_http},
+                plan.rounds,
+                seconds=plan.comparison_seconds,
+            )
+        )
     return [
         {"case": name, "streams": _STREAMS, **spread.columns("tokens_per_second")} for name, spread in found.items()
     ]

@@ -62,7 +62,11 @@ def measure(model: Path, plan: Plan) -> list[Row]:
             "tiled": _tiled(stack, adapters, batch, dtype),
         }
         _check_same({name: form(x) for name, form in forms.items()})
-        found = spreads(in_turn({name: _timed(form, x) for name, form in forms.items()}, plan.rounds + 2))
+        found = spreads(
+            in_turn(
+                {name: _timed(form, x) for name, form in forms.items()}, plan.rounds, seconds=plan.comparison_seconds
+            )
+        )
         rows += [{"form": name, "batch": batch, **spread.columns("step_ms")} for name, spread in found.items()]
     return rows
 

@@ -6,31 +6,45 @@ A part gives rows: flat dictionaries of texts and numbers, of which result files
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from bench.rounds import in_turn
+
+T = TypeVar("T")
 
 Row = dict[str, str | float]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured: the short form, or the long one. `folder` is for files that are not kept."""
+    """How much is measured: the short form, or the long one. `folder` is for files that are not kept.
+
+    One comparison has so many `rounds`, as far as they fit into its seconds; serving lasts `serving_seconds` a rate.
+    """
 
     folder: Path
     long: bool = False
-    rounds: int = 3
-    tokens: int = 32
-    batches: tuple[int, ...] = (1, 8, 16, 64)
+    rounds: int = 5
+    tokens: int = 24
+    batches: tuple[int, ...] = (1, 8, 16)
     registered: tuple[int, ...] = (1, 8, 64)
-    seconds: float = 12.0
+    serving_seconds: float = 12.0
+    comparison_seconds: float = 9.0
 
     @classmethod
     def of(cls, folder: Path, *, long: bool) -> Plan:
         """Return the plan of the short or of the long form."""
         if not long:
             return cls(folder)
-        return cls(folder, True, 7, 64, (1, 2, 4, 8, 16, 32, 64), (1, 8, 64, 512), 60.0)
+        return cls(folder, True, 7, 64, (1, 2, 4, 8, 16, 32, 64), (1, 8, 64, 512), 60.0, math.inf)
+
+    def in_turn(self, cases: Mapping[str, Callable[[int], T]]) -> dict[str, list[T]]:
+        """Compare cases, in as many rounds as this plan allows; see `rounds.in_turn`."""
+        return in_turn(cases, self.rounds, seconds=self.comparison_seconds)
 
 
 @dataclass(frozen=True, slots=True)

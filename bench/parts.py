@@ -9,7 +9,7 @@ PARTS = (
     Part("batches", "throughput and latency by size of batch, plain and with adapters"),
     Part("prefill", "reading a prompt with an adapter and without"),
     Part("step_time", "the time of a step outside of the device"),
-    Part("roofline", "bytes of a step, and how fast memory is read"),
+    Part("roofline", "what a step reads and computes, and how fast this machine does that"),
     Part("lora_forms", "loop over rows, gathered weights, tiles"),
     Part("scaling", "by registered adapters, length of the prompt, and rank"),
     Part("serving", "open-loop arrivals over HTTP, adapters by Zipf"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.batches import case
 from bench.part import Plan, Row
-from bench.rounds import in_turn, spreads
+from bench.rounds import spreads
 from bench.workload import Server, base_linears, write_adapters
 
 _PROMPT = 480
@@ -18,7 +18,7 @@ def measure(model: Path, plan: Plan) -> list[Row]:
     adapters = write_adapters(plan.folder, base_linears(model), 1)
     with Server(model) as plain, Server(model, adapters, max_loras=1) as adapted:
         cases = {"plain": _rate(plain, None), "one adapter": _rate(adapted, "a0")}
-        found = spreads(in_turn(cases, plan.rounds + 2))
+        found = spreads(plan.in_turn(cases))
     return [
         {"case": name, "prompt": _PROMPT, **spread.columns("prompt_tokens_per_second")}
         for name, spread in found.items()

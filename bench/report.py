@@ -12,6 +12,7 @@ SMOLLM2, LLAMA_1B = "smollm2", "llama-1b"
 _OWN, _GENAI, _LLAMA_CPP = "ovms-lora", "genai", "llama.cpp"
 # Others' rates with 8 adapters one after another are measured with as many adapters and tokens as ours.
 _MIXED = "8 adapters"
+_CLOSE = 0.9  # of what the machine allows: then a target that it does not allow counts as met
 
 
 class Results:
@@ -114,23 +115,25 @@ TARGETS = (
 
 
 def report(results: Sequence[Result]) -> str:
-    """Return the table, then how close decode steps are to the bound that memory sets."""
+    """Return the table, then how close decode steps are to what memory and processor allow; within 10 % is met."""
     found = Results(results)
     lines = ["| work | target | measured | met |", "|---|---|---|---|", *(target.line(found) for target in TARGETS)]
     bounds = [_bound(result.model, row) for result in results if result.part == "roofline" for row in result.rows]
     if bounds:
         lines += [
             "",
-            "| decode step | reads | at | bound | measured | of the bound |",
-            "|---|---|---|---|---|---|",
+            "| decode step | reads | at | takes | computes | at | takes | measured | of the bound | within 10 % |",
+            "|---|---|---|---|---|---|---|---|---|---|",
             *bounds,
         ]
     return "\n".join(lines)
 
 
 def _bound(model: str, row: Row) -> str:
+    share = float(row["of_bound"])
     return (
         f"| {model}, {row['case']}, batch {row['batch']} | {row['step_megabytes']:.0f} MB | "
-        f"{row['gigabytes_per_second']:.1f} GB/s | {row['bound_ms']:.1f} ms | {row['step_ms']:.1f} ms | "
-        f"{row['of_bound']:.2f} |"
+        f"{row['gigabytes_per_second']:.1f} GB/s | {row['reading_ms']:.1f} ms | {row['step_gigaflop']:.2f} GFLOP | "
+        f"{row['gigaflop_per_second']:.0f} GFLOP/s | {row['computing_ms']:.1f} ms | {row['step_ms']:.1f} ms | "
+        f"{share:.2f} | {'yes' if share >= _CLOSE else 'no'} |"
     )

@@ -1,7 +1,8 @@
-"""The bound that memory sets: the bytes that a decode step has to read, and how fast this machine reads.
+"""The bounds of a decode step: the bytes that it has to read, the products that it has to compute, and this machine.
 
 A step reads the weights of all linears once, the tiles of the resident adapters that it uses, and the keys and values
-of its rows. Nothing can be faster than that at the bandwidth measured here; what computing takes comes on top.
+of its rows. It multiplies each row with each weight. Nothing can be faster than the slower of the two (the roofline of
+Williams et al., 2009) at the rates measured here: memory read in a stream, and large products on the same device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import openvino as ov
 
 from bench.batches import PROMPT_TOKENS, case
 from bench.part import Plan, Row
-from bench.rounds import in_turn, spreads
+from bench.rounds import spreads
 from bench.workload import Server, base_linears, write_adapters
 from ovms_lora.adapters.adapter import Adapter
 from ovms_lora.engine.device import openvino_core
@@ -34,6 +36,7 @@ def measure(model: Path, plan: Plan) -> list[Row]:
     """Measure the bandwidth, then decode steps; return both, and how close they are."""
     adapters = write_adapters(plan.folder, base_linears(model), _ADAPTERS)
     weights, rows = weight_bytes(model), list[Row]()
+    multiplied = sum(shape.out_features * shape.in_features for shape in base_linears(model).shapes.values())
     with Server(model) as plain, Server(model, adapters, max_loras=_ADAPTERS) as mixed:
         one = adapter_bytes(mixed)
         for batch in plan.batches:
@@ -42,24 +45,45 @@ def measure(model: Path, plan: Plan) -> list[Row]:
                 "plain": _step_seconds(plain, [None] * batch, plan),
                 f"{_ADAPTERS} mixed": _step_seconds(mixed, names, plan),
             }
-            bandwidth = read_bandwidth()
-            found = spreads(in_turn(cases, plan.rounds))
+            machine = Machine(read_bandwidth(), compute_rate())
+            found = spreads(plan.in_turn(cases))
             kept = batch * (PROMPT_TOKENS + plan.tokens / 2) * token_bytes(plain)
             for name, used in (("plain", 0), (f"{_ADAPTERS} mixed", min(batch, _ADAPTERS))):
-                rows.append(_row(name, batch, weights + used * one + kept, bandwidth, found[name].median))
+                in_row = multiplied + (adapter_elements(mixed) if used else 0)
+                work = Work(weights + used * one + kept, 2.0 * batch * in_row)
+                rows.append(_row(name, batch, work, machine, found[name].median))
     return rows
 
 
-def _row(name: str, batch: int, needed: float, bandwidth: float, seconds: float) -> Row:
-    bound = needed / bandwidth
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the machine does in a second: bytes read from memory, and floating-point operations."""
+
+    bytes: float
+    operations: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step has to do: bytes to read, and floating-point operations."""
+
+    bytes: float
+    operations: float
+
+
+def _row(name: str, batch: int, work: Work, machine: Machine, seconds: float) -> Row:
+    reading, computing = work.bytes / machine.bytes, work.operations / machine.operations
     return {
         "case": name,
         "batch": batch,
-        "step_megabytes": needed / 1e6,
-        "gigabytes_per_second": bandwidth / 1e9,
+        "step_megabytes": work.bytes / 1e6,
+        "gigabytes_per_second": machine.bytes / 1e9,
+        "step_gigaflop": work.operations / 1e9,
+        "gigaflop_per_second": machine.operations / 1e9,
         "step_ms": seconds * 1e3,
-        "bound_ms": bound * 1e3,
-        "of_bound": bound / seconds,
+        "reading_ms": reading * 1e3,
+        "computing_ms": computing * 1e3,
+        "of_bound": max(reading, computing) / seconds,
     }
 
 
@@ -96,6 +120,22 @@ def _device_bandwidth() -> float:
     return data.nbytes / best
 
 
+def compute_rate() -> float:
+    """Return the floating-point operations per second of large products, in the precision that the device infers in."""
+    size = 1024
+    shape = ov.opset13.parameter([size, size], np.float32)
+    weight = ov.opset13.constant(np.full((size, size), 0.5, np.float32))
+    product = ov.opset13.matmul(shape, weight, False, True)
+    request = openvino_core().compile_model(ov.Model([product], [shape]), "CPU").create_infer_request()
+    request.set_input_tensor(ov.Tensor(np.ones((size, size), np.float32)))
+    best = float("inf")
+    for _ in range(2 * _READS):
+        begin = time.perf_counter()
+        request.infer()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
 def weight_bytes(model: Path) -> int:
     """Return the bytes of all constants that the linears of an IR are made of."""
     constants: dict[str, int] = {}
@@ -107,6 +147,13 @@ def weight_bytes(model: Path) -> int:
                 constants[node.get_friendly_name()] = node.get_byte_size()
             waiting += [value.get_node() for value in node.input_values()]
     return sum(constants.values())
+
+
+def adapter_elements(server: Server) -> int:
+    """Return the numbers of one adapter: what a row that uses it is multiplied with."""
+    (use,) = server.use("a0")
+    assert isinstance(use.adapter, Adapter), "loaded"
+    return sum(pair.a.size + pair.b.size for pair in use.adapter.layers.values())
 
 
 def adapter_bytes(server: Server) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,17 +12,21 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_turn(cases: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, list[T]]:
+def in_turn(cases: Mapping[str, Callable[[int], T]], rounds: int, *, seconds: float = math.inf) -> dict[str, list[T]]:
     """Run every case once to warm up and then `rounds` times, in turn; return what each run gave.
 
     A case gets the number of the round, 0 for the one that warms up. Each round begins with another case: the first
-    ones of a round often run on a rested machine.
+    ones of a round often run on a rested machine. There are fewer rounds, but one, where more would take longer than
+    `seconds`.
     """
+    begin = time.monotonic()
     for case in cases.values():
         case(0)
     found: dict[str, list[T]] = {name: [] for name in cases}
     order = list(cases)
     for number in range(rounds):
+        if number and (time.monotonic() - begin) * (number + 2) / (number + 1) > seconds:
+            break
         first = number % len(order)
         for name in order[first:] + order[:first]:
             found[name].append(cases[name](number + 1))
@@ -30,16 +35,18 @@ def in_turn(cases: Mapping[str, Callable[[int], T]], rounds: int) -> dict[str, l
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A measure over rounds: its median, its extremes, and the median of its ratios to the first case."""
+    """A measure over rounds: its median, its extremes, the median of its ratios to the first case, and how many."""
 
     median: float
     low: float
     high: float
     ratio: float
+    rounds: int
 
     def columns(self, name: str) -> dict[str, float]:
-        """Return it as parts of a row: NAME, NAME_low, NAME_high and `of_first`."""
-        return {name: self.median, f"{name}_low": self.low, f"{name}_high": self.high, "of_first": self.ratio}
+        """Return it as parts of a row: NAME, NAME_low, NAME_high, `of_first` and `rounds`."""
+        extremes = {f"{name}_low": self.low, f"{name}_high": self.high}
+        return {name: self.median, **extremes, "of_first": self.ratio, "rounds": self.rounds}
 
 
 def spreads(found: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
@@ -51,6 +58,7 @@ def spreads(found: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
             min(values),
             max(values),
             statistics.median(value / base for value, base in zip(values, first, strict=True)),
+            len(values),
         )
         for name, values in found.items()
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.arrivals import zipf
 from bench.batches import PROMPT_TOKENS, VOCABULARY, case
 from bench.part import Plan, Row
-from bench.rounds import in_turn, spreads
+from bench.rounds import spreads
 from bench.workload import Run, Server, base_linears, prompts, write_adapters
 
 _RESIDENT = 8
@@ -43,7 +43,7 @@ def by_registered(model: Path, plan: Plan) -> list[Row]:
             options = {"max_loras": _RESIDENT, "max_cpu_loras": count}
             server = stack.enter_context(Server(model, some, overrides={"max_num_seqs": _BATCH}, **options))
             cases[str(count)] = _queue(server, count, plan)
-        found = spreads(in_turn(cases, plan.rounds))
+        found = spreads(plan.in_turn(cases))
     return [
         {"axis": "registered", "value": int(count), "case": "zipf", **found[count].columns("tokens_per_second")}
         for count in sorted(found, key=int)
@@ -74,7 +74,7 @@ def by_prompt(model: Path, plan: Plan) -> list[Row]:
                 "plain": case(plain, [None], plan.tokens, length=length),
                 "one adapter": case(adapted, ["a0"], plan.tokens, length=length),
             }
-            for name, runs in in_turn(cases, plan.rounds).items():
+            for name, runs in plan.in_turn(cases).items():
                 rows.append({"axis": "prompt", "value": length, "case": name, **_latencies(runs)})
     return rows
 
@@ -96,7 +96,7 @@ def by_rank(model: Path, plan: Plan) -> list[Row]:
             adapters = write_adapters(plan.folder, base, _RESIDENT, rank=rank)
             server = Server(model, adapters, max_loras=_RESIDENT, max_lora_rank=rank)
             cases[str(rank)] = _rate(stack.enter_context(server), names, plan)
-        found = spreads(in_turn(cases, plan.rounds))
+        found = spreads(plan.in_turn(cases))
     return [
         {"axis": "rank", "value": int(rank), "case": "8 mixed", **spread.columns("tokens_per_second")}
         for rank, spread in found.items()

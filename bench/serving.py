@@ -53,7 +53,7 @@ def _at_loads(url: str, models: Sequence[str], plan: Plan) -> list[Row]:
             "resident": min(_RESIDENT, len(models)),
             "load": load,
             "capacity_per_second": capacity,
-            **ask(url, models, rate=load * capacity, seconds=plan.seconds, tokens=plan.tokens),
+            **ask(url, models, rate=load * capacity, seconds=plan.serving_seconds, tokens=plan.tokens),
         }
         for load in _LOADS
     ]

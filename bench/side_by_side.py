@@ -73,7 +73,9 @@ def _compare(case: str, adapters: Sequence[str | None], engines: _Engines, plan:
 
         return ask
 
-    found = in_turn({name: asking(engine) for name, engine in engines.items()}, plan.rounds)
+    found = in_turn(
+        {name: asking(engine) for name, engine in engines.items()}, plan.rounds, seconds=plan.comparison_seconds
+    )
     rates = spreads({name: [answer.rate for answer in answers] for name, answers in found.items()})
     return [
         {

@@ -17,7 +17,6 @@ import openvino as ov
 
 from bench.batches import case
 from bench.part import Plan, Row
-from bench.rounds import in_turn
 from bench.workload import Server, base_linears, write_adapters
 
 _ADAPTERS = 8
@@ -36,7 +35,7 @@ def measure(model: Path, plan: Plan) -> list[Row]:
                 "plain": _timed(case(plain, [None] * batch, plan.tokens)),
                 f"{_ADAPTERS} mixed": _timed(case(mixed, names, plan.tokens)),
             }
-            found = in_turn(cases, plan.rounds)
+            found = plan.in_turn(cases)
             rows += [_row(name, batch, [step for steps in runs for step in steps]) for name, runs in found.items()]
     return rows
 

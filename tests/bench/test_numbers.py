@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,10 +50,16 @@ def test_every_case_has_its_turn_in_every_round_and_begins_one() -> None:
     assert found == {name: [1.0, 2.0] for name in "abc"}
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 1), (0.35, 2), (60.0, 4)])
+def test_there_are_no_more_rounds_than_fit_into_the_seconds_but_one(seconds: float, rounds: int) -> None:
+    found = in_turn({"a": lambda _: time.sleep(0.1)}, 4, seconds=seconds)
+    assert len(found["a"]) == rounds
+
+
 def test_ratios_are_taken_within_a_round() -> None:
     spread = spreads({"first": [100.0, 10.0, 50.0], "other": [50.0, 5.0, 50.0]})["other"]
     assert (spread.median, spread.low, spread.high, spread.ratio) == (50.0, 5.0, 50.0, 0.5)
-    assert spread.columns("rate") == {"rate": 50.0, "rate_low": 5.0, "rate_high": 50.0, "of_first": 0.5}
+    assert spread.columns("rate") == {"rate": 50.0, "rate_low": 5.0, "rate_high": 50.0, "of_first": 0.5, "rounds": 3}
 
 
 def test_a_run_tells_latencies_of_each_request() -> None:

@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(folder: Path) -> Plan:
-    return Plan(folder, rounds=1, tokens=3, batches=(1, 8), registered=(9,), seconds=1.0)
+    return Plan(folder, rounds=1, tokens=3, batches=(1, 8), registered=(9,), serving_seconds=1.0)
 
 
 def check_rows(part: str, rows: Sequence[Row]) -> None:
