@@ -31,9 +31,9 @@ class Plan:
     rounds: int = 5
     tokens: int = 24
     batches: tuple[int, ...] = (1, 8, 16)
-    registered: tuple[int, ...] = (1, 8, 64)
-    serving_seconds: float = 12.0
-    comparison_seconds: float = 9.0
+    registered: tuple[int, ...] = (8, 64)
+    serving_seconds: float = 6.0
+    comparison_seconds: float = 6.0
 
     @classmethod
     def of(cls, folder: Path, *, long: bool) -> Plan:

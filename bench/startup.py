@@ -15,6 +15,7 @@ from bench.served import served, write_config
 from bench.workload import base_linears, write_adapters
 
 _ADAPTERS = 8
+_SHORT_STARTS = 3
 _MODULES = ("ovms_lora.server", "ovms_lora.server.app")
 _IMPORT = """
 import sys, time
@@ -42,7 +43,7 @@ def measure(model: Path, plan: Plan) -> list[Row]:
 def _start(name: str, arguments: list[str], plan: Plan, *, times: int | None = None) -> Row:
     """Return the median time from the start of the process to `ready`."""
     found = []
-    for _ in range(times or plan.rounds):
+    for _ in range(times or (plan.rounds if plan.long else _SHORT_STARTS)):
         begin = time.perf_counter()
         with served(*arguments):
             found.append(time.perf_counter() - begin)
