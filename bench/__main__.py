@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.arguments import parse
+from bench.arguments import Arguments, parse
 from bench.part import Part, Plan
 from bench.parts import PARTS
 from bench.report import report
@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> int:
     for model in () if given.report else given.models:
         for part in PARTS:
             if not given.names or part.name in given.names:
-                _measure(part, model, long=given.long)
+                _measure(part, model, given)
     results = read_parts()
     for path in draw(results):
         print(path, file=sys.stderr)
@@ -36,14 +36,14 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _measure(part: Part, model: str, *, long: bool) -> None:
+def _measure(part: Part, model: str, given: Arguments) -> None:
     from bench.models import MODELS
 
     begin = time.monotonic()
     print(f"{model}, {part.name}: {part.says}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        rows = part.measure(MODELS[model](), Plan.of(Path(folder), long=long))
-    path = write_part(part.name, model, rows, long=long)
+        rows = part.measure(MODELS[model](), Plan.of(Path(folder), long=given.long, seconds=given.seconds))
+    path = write_part(part.name, model, rows, long=given.long)
     print(f"{path} ({time.monotonic() - begin:.0f} s)", file=sys.stderr)
 
 

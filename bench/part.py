@@ -36,10 +36,10 @@ class Plan:
     comparison_seconds: float = 6.0
 
     @classmethod
-    def of(cls, folder: Path, *, long: bool) -> Plan:
-        """Return the plan of the short or of the long form."""
+    def of(cls, folder: Path, *, long: bool, seconds: float | None = None) -> Plan:
+        """Return the plan of the long form, or of the short one with so many seconds for each comparison."""
         if not long:
-            return cls(folder)
+            return cls(folder) if seconds is None else cls(folder, comparison_seconds=seconds)
         return cls(folder, True, 7, 64, (1, 2, 4, 8, 16, 32, 64), (1, 8, 64, 512), 60.0, math.inf)
 
     def in_turn(self, cases: Mapping[str, Callable[[int], T]]) -> dict[str, list[T]]:

@@ -34,7 +34,13 @@ def test_parts_and_models_are_asked_for_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "hint"),
-    [(["batchs"], "did you mean batches?"), (["--models", "x"], "there are smollm2, llama-1b"), (["--lnog"], "--long")],
+    [
+        (["batchs"], "did you mean batches?"),
+        (["--models", "x"], "there are smollm2, llama-1b"),
+        (["--lnog"], "--long"),
+        (["--seconds", "0"], "--help"),
+        (["--seconds", "9", "--long"], "takes the time that it needs"),
+    ],
 )
 def test_what_is_unknown_is_refused_with_a_hint(wrong: list[str], hint: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", *wrong]) == 2
