@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.batches import PROMPT_TOKENS, VOCABULARY, case
 from bench.part import Plan, Row
-from bench.rounds import in_turn, spreads
+from bench.rounds import spreads
 from bench.served import served
 from bench.streams import Ask, stream_all
 from bench.workload import Server, prompts
@@ -28,13 +28,7 @@ def measure(model: Path, plan: Plan) -> list[Row]:
     body = {"model": "m", "max_tokens": plan.tokens, "temperature": 0, "ignore_eos": True}
     with Server(model) as server, served("--model_path", str(model), "--model_name", "m") as url:
         directly = case(server, [None] * _STREAMS, plan.tokens)
-        found = spreads(
-            in_turn(
-                {"engine": lambda number: directly(number).rate, "http": over_http},
-                plan.rounds,
-                seconds=plan.comparison_seconds,
-            )
-        )
+        found = spreads(plan.in_turn({"engine": lambda number: directly(number).rate, "http": over_http}))
     return [
         {"case": name, "streams": _STREAMS, **spread.columns("tokens_per_second")} for name, spread in found.items()
     ]

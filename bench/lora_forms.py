@@ -24,7 +24,7 @@ from openvino import opset13 as ops
 
 from bench.linear_stack import FloatArray, LinearStack
 from bench.part import Plan, Row
-from bench.rounds import in_turn, spreads
+from bench.rounds import spreads
 from bench.workload import base_linears
 from ovms_lora.adapters.adapter import Adapter, LoraPair
 from ovms_lora.adapters.peft_config import parse_peft_config
@@ -62,11 +62,7 @@ def measure(model: Path, plan: Plan) -> list[Row]:
             "tiled": _tiled(stack, adapters, batch, dtype),
         }
         _check_same({name: form(x) for name, form in forms.items()})
-        found = spreads(
-            in_turn(
-                {name: _timed(form, x) for name, form in forms.items()}, plan.rounds, seconds=plan.comparison_seconds
-            )
-        )
+        found = spreads(plan.in_turn({name: _timed(form, x) for name, form in forms.items()}))
         rows += [{"form": name, "batch": batch, **spread.columns("step_ms")} for name, spread in found.items()]
     return rows
 

@@ -33,7 +33,7 @@ _ADAPTERS = 8
 
 
 def measure(model: Path, plan: Plan) -> list[Row]:
-    """Measure the bandwidth, then decode steps; return both, and how close they are."""
+    """Measure what the machine does, then decode steps; return both, and how close they are."""
     adapters = write_adapters(plan.folder, base_linears(model), _ADAPTERS)
     weights, rows = weight_bytes(model), list[Row]()
     multiplied = sum(shape.out_features * shape.in_features for shape in base_linears(model).shapes.values())
@@ -123,10 +123,10 @@ def _device_bandwidth() -> float:
 def compute_rate() -> float:
     """Return the floating-point operations per second of large products, in the precision that the device infers in."""
     size = 1024
-    shape = ov.opset13.parameter([size, size], np.float32)
+    rows = ov.opset13.parameter([size, size], np.float32)
     weight = ov.opset13.constant(np.full((size, size), 0.5, np.float32))
-    product = ov.opset13.matmul(shape, weight, False, True)
-    request = openvino_core().compile_model(ov.Model([product], [shape]), "CPU").create_infer_request()
+    product = ov.opset13.matmul(rows, weight, False, True)
+    request = openvino_core().compile_model(ov.Model([product], [rows]), "CPU").create_infer_request()
     request.set_input_tensor(ov.Tensor(np.ones((size, size), np.float32)))
     best = float("inf")
     for _ in range(2 * _READS):

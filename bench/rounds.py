@@ -12,20 +12,26 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_turn(cases: Mapping[str, Callable[[int], T]], rounds: int, *, seconds: float = math.inf) -> dict[str, list[T]]:
+def in_turn(
+    cases: Mapping[str, Callable[[int], T]],
+    rounds: int,
+    *,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, list[T]]:
     """Run every case once to warm up and then `rounds` times, in turn; return what each run gave.
 
     A case gets the number of the round, 0 for the one that warms up. Each round begins with another case: the first
     ones of a round often run on a rested machine. There are fewer rounds, but one, where more would take longer than
     `seconds`.
     """
-    begin = time.monotonic()
+    begin = clock()
     for case in cases.values():
         case(0)
     found: dict[str, list[T]] = {name: [] for name in cases}
     order = list(cases)
     for number in range(rounds):
-        if number and (time.monotonic() - begin) * (number + 2) / (number + 1) > seconds:
+        if number and (clock() - begin) * (number + 2) / (number + 1) > seconds:
             break
         first = number % len(order)
         for name in order[first:] + order[:first]:

@@ -17,7 +17,7 @@ from bench.engines.job import Answer, Job, Setup
 from bench.engines.process import EngineProcess
 from bench.models import embedded_gguf, source_of
 from bench.part import Plan, Row
-from bench.rounds import in_turn, spreads
+from bench.rounds import spreads
 from bench.workload import base_linears, prompts, write_adapters
 
 OWN = "ovms-lora"
@@ -73,9 +73,7 @@ def _compare(case: str, adapters: Sequence[str | None], engines: _Engines, plan:
 
         return ask
 
-    found = in_turn(
-        {name: asking(engine) for name, engine in engines.items()}, plan.rounds, seconds=plan.comparison_seconds
-    )
+    found = plan.in_turn({name: asking(engine) for name, engine in engines.items()})
     rates = spreads({name: [answer.rate for answer in answers] for name, answers in found.items()})
     return [
         {

@@ -1,6 +1,7 @@
 """The command line: `ovms-lora serve …`, `ovms-lora export …`, `ovms-lora check …`.
 
-Owns flags, exit codes and how errors look: `error:` and `hint:` on stderr; 0 is well, 1 failed, 2 misused.
+Owns flags, exit codes and how errors look: `error:` and `hint:` on stderr; 0 is well, 1 failed, 2 misused, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _ray(words: list[str]) -> int:
     config = scale_config(arguments)
     if find_spec("ray") is None:
         raise UsageError("Ray is not installed", hint='pip install "ovms-lora[ray]"')
-    from ovms_lora.scale.config import prefer_ray_environment
+    from ovms_lora.scale.ray_environment import prefer_ray_environment
 
     prefer_ray_environment()
     from ovms_lora.scale.run import run

@@ -293,8 +293,12 @@ def _read_tensors(
 
 
 def _converted(info: TensorInfo, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    with np.errstate(over="ignore"):  # what overflows is refused below, by name
-        converted = array.astype(dtype, copy=False)
+    with np.errstate(all="ignore"):  # what is no number, or overflows, is refused below, by name
+        return _checked(info, array, array.astype(dtype, copy=False))
+
+
+def _checked(info: TensorInfo, array: npt.NDArray[Any], converted: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    dtype = converted.dtype
     # NaN and infinity show in the extremes, which numpy finds far faster in float32 than in the narrower types.
     if not _magnitude(converted if dtype == np.float32 else array) <= _LARGEST:
         overflows = f"values above {_LARGEST:g}: sums overflow"

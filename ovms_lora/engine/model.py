@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError
@@ -76,7 +76,8 @@ class LoadedModel:
         return own or self.chat_template
 
 
-class _Text(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Text:
     """What turns a model's tokens into text and back."""
 
     tokenizer: Tokenizer
@@ -119,28 +120,28 @@ def load_model(
     # Compiling is the work of one thread for seconds: everything else is done beside it.
     with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
         compiling = pool.submit(graphs.compile) if lora is None or graphs.affords_plain else None
-        text = pool.submit(_Text.read, folder, defaults)
+        reading = pool.submit(_Text.read, folder, defaults)
         runtime = LoraRuntime(graphs, lora) if lora else None
+        text = reading.result()
         with_lora = runtime.compile() if runtime else None
         plain = compiling.result() if compiling else None
-        tokenizer, template, constraints = text.result()
     graph = with_lora or plain or graphs.compile()
     runner = OpenVinoRunner(graph, options, max_model_len=max_model_len, plain=plain if with_lora else None)
     engine = Engine(
         runner,
-        tokenizer,
+        text.tokenizer,
         options,
         deliver=deliver,
         max_model_len=max_model_len,
         eos_token_ids=defaults.eos_token_ids,
         max_waiting=max_waiting,
         residency=runtime.graphs.residency if runtime else None,
-        drafter=_drafter(options, tokenizer, graph.vocab_size),
+        drafter=_drafter(options, text.tokenizer, graph.vocab_size),
     )
     if runtime:
         runtime.graphs.attach(engine, runner)
     engine.start()
-    return LoadedModel(folder, engine, tokenizer, template, defaults, options, constraints, runtime)
+    return LoadedModel(folder, engine, text.tokenizer, text.chat_template, defaults, options, text.constraints, runtime)
 
 
 def _drafter(options: EngineOptions, tokenizer: Tokenizer, vocab_size: int) -> Drafter | None:

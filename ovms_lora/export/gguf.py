@@ -11,6 +11,7 @@ tokenizer is rebuilt from the metadata (see gguf_tokenizer), because transformer
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,13 +27,18 @@ from ovms_lora.export.gguf_tokenizer import Vocabulary, build_tokenizer
 _HINT_USE_FOLDER = "use the model's Hugging Face folder instead of the GGUF file"
 
 
+_PATCHING = threading.Lock()
+
 # The constants of Llama 3.1 and 3.2, which GGUF does not keep: it holds only the factors that come out of them.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """What the file says beside its weights; `rope_factors` divide the rotary frequencies, one for each."""
+    """What the file says beside its weights, which `reader` has.
+
+    `rope_factors` divide the rotary frequencies, one for each.
+    """
 
     reader: Any
     metadata: dict[str, Any]
@@ -153,7 +159,7 @@ def _save_model(gguf_path: Path, header: _Header, rope_scaling: dict[str, Any], 
     from transformers import AutoModelForCausalLM
 
     try:
-        with _parsed_once(header.reader):
+        with _parsed_once(gguf_path, header):
             model, report = AutoModelForCausalLM.from_pretrained(
                 gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, output_loading_info=True
             )
@@ -170,23 +176,23 @@ def _save_model(gguf_path: Path, header: _Header, rope_scaling: dict[str, Any], 
 
 
 @contextmanager
-def _parsed_once(reader: Any) -> Iterator[None]:
+def _parsed_once(gguf_path: Path, header: _Header) -> Iterator[None]:
     """Let transformers have what is there already.
 
     It would parse the file twice more, and make gguf's map of names anew for each module: most of an unpacking's time.
     """
     import gguf
 
-    def read(path: Path) -> Any:
-        del path
-        return reader
+    def read(path: str) -> Any:
+        return header.reader if Path(path) == gguf_path else make_reader(path)
 
-    make_reader, make_names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = read, cache(make_names)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = make_reader, make_names
+    with _PATCHING:
+        make_reader, make_names = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, gguf.get_tensor_name_map = read, cache(make_names)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = make_reader, make_names
 
 
 def _generation_config(metadata: dict[str, Any]) -> Any:

@@ -5,7 +5,6 @@ Owns the numbers and what Serve is told of them; the flags that set them stand i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,33 +16,6 @@ from ovms_lora.server.options import ServerOptions
 APPLICATION = "ovms-lora"
 INGRESS, ENGINE, LEDGER = "Ingress", "Engine", "Ledger"
 TARGET = 16
-
-
-_RAY_ENVIRONMENT = {
-    # Nothing goes out of the house unless somebody wants it to; and what serves is not less urgent than all else.
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-    # A request takes the shortest way that Serve has: no change of thread in a process, and gRPC instead of objects.
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-}
-# Only for the processes of the cluster: whoever starts it has no event loop for a router.
-_CLUSTER_ENVIRONMENT = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-
-
-def prefer_ray_environment() -> None:
-    """Tell Ray how to run, unless the environment says something else; before it is imported."""
-    _prefer(_RAY_ENVIRONMENT)
-
-
-def prefer_cluster_environment() -> None:
-    """Tell the processes of a Ray that is about to be started how to run; once Ray is imported here."""
-    _prefer(_CLUSTER_ENVIRONMENT)
-
-
-def _prefer(environment: Mapping[str, str]) -> None:
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

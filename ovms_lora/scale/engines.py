@@ -15,14 +15,15 @@ from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
-from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
 from ovms_lora.core.errors import DeadlineExceededError, EngineError, OvmsLoraError, QueueFullError, UnavailableError
 from ovms_lora.scale.exchange import Forwarded
 from ovms_lora.scale.fleet_metrics import merged
+from ovms_lora.scale.ray_errors import RAY_ERRORS
 from ovms_lora.server.options import Limits
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Engines:
         called = self._handle.broadcast("metrics")
         try:
             answers = await called.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
-        except (TimeoutError, RayServeException, RayError) as error:
+        except (TimeoutError, *RAY_ERRORS) as error:
             raise UnavailableError("no replica tells its metrics now") from error
         parts = [answer for answer in answers if not isinstance(answer, BaseException)]
         if not parts:
@@ -97,7 +98,7 @@ class Engines:
         except RayActorError:
             ended = True
             raise
-        except (RayServeException, RayError) as error:
+        except RAY_ERRORS as error:
             ended = True
             raise _for_client(error) from error
         finally:
@@ -105,7 +106,7 @@ class Engines:
                 response.cancel()  # type: ignore[no-untyped-call]
 
 
-def _for_client(error: RayServeException | RayError) -> OvmsLoraError:
+def _for_client(error: Exception) -> OvmsLoraError:
     """Return what an error of Serve's means for who asked."""
     if isinstance(error, BackPressureError):
         return QueueFullError("too many requests wait for a replica")

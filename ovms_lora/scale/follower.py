@@ -11,12 +11,11 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 
 from ovms_lora.core.errors import OvmsLoraError, UnavailableError
 from ovms_lora.scale.changes import Change, ChangeKind, ChangeLog, History
+from ovms_lora.scale.ray_errors import RAY_ERRORS
 from ovms_lora.server.state import ServerState
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class LedgerFollower:
         """Ask once, and make what has changed since; False when the ledger does not answer."""
         try:
             history = await self._since(version)
-        except (RayError, RayServeException) as error:
+        except RAY_ERRORS as error:
             log.warning("the ledger does not answer: %s", type(error).__name__)
             return False
         for number, change in history.changes:

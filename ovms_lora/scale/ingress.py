@@ -11,14 +11,12 @@ Both dialects are the replicas' own; here an answer is made only where no replic
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -29,6 +27,7 @@ from ovms_lora.core.errors import OvmsLoraError, UnavailableError
 from ovms_lora.scale.adapter_key import adapter_key
 from ovms_lora.scale.engines import Engines
 from ovms_lora.scale.exchange import Forwarded, Relay, received_body
+from ovms_lora.scale.ray_errors import RAY_ERRORS
 from ovms_lora.server import logs
 from ovms_lora.server.app import front
 from ovms_lora.server.auth import ADMIN_PATHS
@@ -40,6 +39,7 @@ from ovms_lora.server.workers import Workers
 
 log = logging.getLogger(__name__)
 
+_CUT_SECONDS = 1.0  # in which a request that was cut tells its client
 _LIVE = frozenset({"/v2/health/live", "/health", "/ping"})
 
 
@@ -54,8 +54,7 @@ class Ingress:
         self._version = 0  # of the ledger, as far as this ingress has a part in it
         self._workers = Workers()
         self._draining = False
-        self._active = 0  # requests that were passed on and have not ended
-        self._idle = asyncio.Event()
+        self._at_work = set[asyncio.Task[None]]()  # on requests that were passed on and have not ended
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application: as every server's, behind log, origins, keys and bounds."""
@@ -65,12 +64,14 @@ class Ingress:
         return _for_serve(app)
 
     async def drain(self) -> None:
-        """Refuse new requests from now on; return when those that run have ended, or have had their time."""
+        """Refuse new requests from now on; return when those that run have ended, or were cut after their time."""
         self._draining = True
-        if self._active:
-            self._idle.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), self._options.limits.drain_seconds)
+        if running := set(self._at_work):
+            _, late = await asyncio.wait(running, timeout=self._options.limits.drain_seconds)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=_CUT_SECONDS)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         relay, style = Relay(send), error_style(scope["path"])
@@ -82,8 +83,7 @@ class Ingress:
             elif scope["method"] == "GET" and scope["path"] == "/metrics" and self._options.metrics:
                 await _PlainMetrics(await self._engines.metrics())(scope, receive, relay)
             else:
-                with self._at_work():
-                    await self._pass_on(scope, receive, relay)
+                await self._work(self._pass_on(scope, receive, relay))
         except HTTPException as error:  # a bound on the body
             await style.http(error)(scope, receive, relay)
         except ClientGoneError:
@@ -94,15 +94,19 @@ class Ingress:
             else:
                 await style.response(error)(scope, receive, relay)
 
-    @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
-        self._active += 1
+    async def _work(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it in a task that a drain waits for. Raises UnavailableError when that has waited long enough."""
+        task = asyncio.create_task(work)
+        self._at_work.add(task)
         try:
-            yield
+            await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current and current.cancelling():
+                raise
+            raise UnavailableError("the server is shutting down") from None
         finally:
-            self._active -= 1
-            if self._active == 0:
-                self._idle.set()
+            self._at_work.discard(task)
 
     async def _pass_on(self, scope: Scope, receive: Receive, relay: Relay) -> None:
         body, method, path = await received_body(receive), scope["method"], scope["path"]
@@ -122,7 +126,7 @@ class Ingress:
             messages, version = await self._ledger.update.remote(request, key)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, OvmsLoraError) else error) from None
-        except (RayError, RayServeException) as error:
+        except RAY_ERRORS as error:
             raise UnavailableError("changes cannot be made now") from error
         self._version = max(self._version, version)
         for message in messages:

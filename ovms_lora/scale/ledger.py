@@ -14,14 +14,13 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import Message
 
 from ovms_lora.scale.changes import Change, ChangeKind, ChangeLog, History, newest
 from ovms_lora.scale.engines import Engines
 from ovms_lora.scale.exchange import Forwarded
+from ovms_lora.scale.ray_errors import RAY_ERRORS
 from ovms_lora.server import logs
 from ovms_lora.server.body import parse_object
 from ovms_lora.server.lora_routes import unwanted_alias, wanted_adapter
@@ -43,7 +42,7 @@ class Ledger:
         self._log = ChangeLog()
         self._changing = asyncio.Lock()
         self._told = asyncio.Condition()
-        with contextlib.suppress(TimeoutError, RayError, RayServeException):  # the first start: nobody has a copy
+        with contextlib.suppress(TimeoutError, *RAY_ERRORS):  # the first start: nobody has a copy
             copies = await engines.broadcast("history").results_async(timeout_s=_RECOVERY_SECONDS)
             self._log.take(newest(copies))
 

@@ -20,11 +20,12 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
 
 from ovms_lora.core.errors import ConfigError, EngineError
 from ovms_lora.scale.app import build_app
-from ovms_lora.scale.config import APPLICATION, ScaleConfig, prefer_cluster_environment
+from ovms_lora.scale.config import APPLICATION, ScaleConfig
+from ovms_lora.scale.ray_environment import prefer_cluster_environment
+from ovms_lora.scale.ray_errors import RAY_ERRORS
 from ovms_lora.server import logs
 from ovms_lora.server.serve import bind, url_of
 
@@ -56,7 +57,7 @@ def run(config: ScaleConfig, address: str | None) -> None:
             signals.wait()
             _drain(config.options.limits.drain_seconds)
         finally:
-            serve.delete(APPLICATION)
+            _delete()
 
 
 def _deploy(application: Application) -> None:
@@ -65,6 +66,13 @@ def _deploy(application: Application) -> None:
     except RuntimeError as error:  # what Serve says when it gives up on an application
         reason = str(error).strip().splitlines()[-1]
         raise EngineError(f"the replicas do not start: {reason}", hint="the lines above say why") from error
+
+
+def _delete() -> None:
+    try:
+        serve.delete(APPLICATION)
+    except TimeoutError:
+        log.warning("the application does not end in time, and is left to Serve")
 
 
 def _number(config: ScaleConfig) -> str:
@@ -135,5 +143,5 @@ def _drain(seconds: float) -> None:
     """Have the ingress refuse what is new, so that clients hear it in their dialect, until the rest has ended."""
     try:
         serve.get_app_handle(APPLICATION).broadcast("drain").results(timeout_s=seconds + _GRACE_SECONDS)
-    except (TimeoutError, RayServeException) as error:
+    except (TimeoutError, *RAY_ERRORS) as error:
         log.warning("the ingress does not answer: %s", error)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ovms_lora.core.errors import OvmsLoraError
 from ovms_lora.server.model_source import ModelSpec
 
 if TYPE_CHECKING:
@@ -46,11 +45,18 @@ class LoadModel(Protocol):
 
 
 class EarlyLoad:
-    """A LoadModel that may have begun before it is called."""
+    """A LoadModel that may have begun before it is called; a context that lets nothing run on for nobody."""
 
     def __init__(self, load: LoadModel) -> None:
         self._load = load
         self._begun: _Begun | None = None
+
+    def __enter__(self) -> EarlyLoad:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._begun:
+            self._begun.stop()
 
     def begin(self, spec: ModelSpec, *, max_waiting: int) -> None:
         """Load a model in a thread of its own; who asks for it gets it, or what it raised."""
@@ -95,7 +101,9 @@ class _Begun:
 
     def stop(self) -> None:
         """Stop its engine, once there is one."""
-        try:
-            self.model.result().engine.stop()
-        except OvmsLoraError:
-            return
+        self.model.add_done_callback(_stop)
+
+
+def _stop(model: Future[LoadedModel]) -> None:
+    if model.exception() is None:
+        model.result().engine.stop()

@@ -14,7 +14,6 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ovms_lora.core.errors import ConfigError, ModelFolderError, OvmsLoraError
 from ovms_lora.core.request import GenerationRequest
@@ -25,9 +24,6 @@ from ovms_lora.server.fault_log import FaultLog
 from ovms_lora.server.model_source import ModelSource, ModelSpec
 from ovms_lora.server.options import Limits
 from ovms_lora.server.registry import ModelRegistry, ModelState, ModelStatus, ServedModel
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

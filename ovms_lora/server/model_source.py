@@ -122,6 +122,23 @@ class ModelSource(Protocol):
         """Tell whether `read` may return something else than the last time."""
 
 
+class ReadAlready:
+    """A source that has been read: the next reading gives what that gave."""
+
+    def __init__(self, source: ModelSource, specs: tuple[ModelSpec, ...]) -> None:
+        self._source = source
+        self._specs: tuple[ModelSpec, ...] | None = specs
+
+    def read(self) -> tuple[ModelSpec, ...]:
+        """Return the models to serve. Raises ConfigError."""
+        specs, self._specs = self._specs, None
+        return self._source.read() if specs is None else specs
+
+    def changed(self) -> bool:
+        """Tell whether `read` may return something else than the last time."""
+        return self._source.changed()
+
+
 class ConfigFile:
     """The models of a config.json; paths in it are relative to its folder."""
 

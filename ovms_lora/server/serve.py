@@ -14,7 +14,7 @@ import sys
 from ovms_lora.core.errors import ConfigError
 from ovms_lora.server import logs
 from ovms_lora.server.early_load import EarlyLoad, LoadModel
-from ovms_lora.server.model_source import ModelSource
+from ovms_lora.server.model_source import ModelSource, ReadAlready
 from ovms_lora.server.options import ServerOptions
 
 # Engine and event loop share the interpreter's lock, and who computes gives it up no sooner than this. The default of
@@ -31,14 +31,14 @@ def serve(options: ServerOptions, source: ModelSource, load: LoadModel) -> None:
     specs = source.read()
     logs.configure(options.log_level)
     share_interpreter()
-    with bind(options.host, options.port) as listener:
-        early = EarlyLoad(load)
+    with bind(options.host, options.port) as listener, EarlyLoad(load) as early:
         for spec in specs[:1]:
             early.begin(spec, max_waiting=options.limits.waiting_requests)
         # Only now: what speaks HTTP takes a second to be imported, in which the device compiles.
         from ovms_lora.server.http_server import run
 
-        run(options, source, early, listener, url_of(listener))
+        # What was read stays what is wanted, until it changes: a model that is replaced meanwhile is noticed as later.
+        run(options, ReadAlready(source, specs), early, listener, url_of(listener))
 
 
 def share_interpreter() -> None:

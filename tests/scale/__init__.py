@@ -1,3 +1,3 @@
-from ovms_lora.scale.config import prefer_ray_environment
+from ovms_lora.scale.ray_environment import prefer_ray_environment
 
 prefer_ray_environment()  # before a module here imports Ray

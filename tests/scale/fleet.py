@@ -25,8 +25,9 @@ from safetensors.numpy import load_file, save_file
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.graph_pbtxt import render_graph
 from ovms_lora.scale import build_app
-from ovms_lora.scale.config import APPLICATION, ENGINE, ScaleConfig, prefer_cluster_environment
+from ovms_lora.scale.config import APPLICATION, ENGINE, ScaleConfig
 from ovms_lora.scale.flags import config_of
+from ovms_lora.scale.ray_environment import prefer_cluster_environment
 from ovms_lora.server.keys import plain_keys
 from tests.engine.lora_models import PRECISE, Base
 from tests.tiny_llama import CHAT_TEMPLATE

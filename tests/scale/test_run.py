@@ -1,4 +1,4 @@
-"""`ovms-lora ray` as a process: it comes up, drains at the first signal, and leaves nothing behind."""
+"""`ovms-lora ray` as a process: it comes up, drains at the first signal, and ends at the second."""
 
 from __future__ import annotations
 
@@ -114,7 +114,9 @@ def test_a_model_that_cannot_be_loaded_is_said_and_ends_it(tmp_path: Path) -> No
 
 def test_a_signal_before_it_is_ready_ends_it(config: Path) -> None:
     with running("--config_path", str(config)) as run:
-        time.sleep(2)
+        while "Started a local Ray" not in run.said():
+            time.sleep(0.05)
+            assert run.process.poll() is None, run.said()
         run.process.send_signal(signal.SIGINT)
         assert run.end() == 128 + signal.SIGINT, run.said()
         assert "Traceback" not in run.said()
