@@ -99,9 +99,10 @@ def _ray(address: str | None) -> Iterator[None]:
 
 
 class _Signals:
-    """Until the wait begins the first signal ends the process; then it ends the wait, and the second one the process.
+    """The first signal ends the wait, and the second one the process, as the first one does before the wait.
 
-    Ray's own handlers would leave no time to take anything down.
+    Ray's own handlers would leave no time to take anything down. What Ray has started ends with this process; raising
+    something while it starts that would crash in it.
     """
 
     def __init__(self) -> None:
@@ -120,11 +121,9 @@ class _Signals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._came.is_set():
+        if self._came.is_set() or not self._waiting:
             os._exit(128 + number)
         self._came.set()
-        if not self._waiting:
-            raise SystemExit(128 + number)
 
 
 @contextmanager

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "v3 too large": ("POST", "/v3/completions", {"content": b" " * 3_000_000}),
     "v1 tokens": ("POST", "/v1/tokenize", {"json": {"model": SQL, "prompt": "Once"}}),
     "v3 tokens": ("POST", "/v3/tokenize", {"json": {"model": BASE, "text": "Once"}}),
+    "more than gRPC takes by itself": ("POST", "/v1/tokenize", {"json": {"model": BASE, "prompt": "abcd" * 400_000}}),
     "live": ("GET", "/v2/health/live", {}),
     "ready": ("GET", "/v2/health/ready", {}),
     "states": ("GET", "/v1/config", {}),
