@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from tests.engine.lora_models import Bases
 from tests.scale.fleet import BASE, events, request, write_repository
 
-TOKENS = 490  # a stream of seconds
+TOKENS, STREAMS = 490, 12
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +76,32 @@ def running(*flags: str) -> Iterator[Run]:
 
 
 def test_the_first_signal_lets_streams_end_and_refuses_what_is_new(config: Path) -> None:
-    with running("--config_path", str(config)) as run, httpx.Client(base_url=run.url(), timeout=60) as client:
-        body = request(BASE, max_tokens=TOKENS, stream=True)
-        with client.stream("POST", "/v1/completions", json=body) as answer:
-            assert answer.status_code == 200, answer.read()
-            heard = events(answer)
-            next(heard)
-            run.process.send_signal(signal.SIGTERM)
-            codes = set[int]()
-            while 503 not in codes:
-                codes.add(httpx.post(f"{run.url()}/v1/completions", json=request(BASE, max_tokens=1)).status_code)
-                assert codes <= {200, 503}
-                time.sleep(0.05)
-            rest = list(heard)
-        assert rest[-1] == "[DONE]"
+    with running("--config_path", str(config)) as run, ThreadPoolExecutor(STREAMS) as pool:
+        url, begun = run.url(), threading.Barrier(STREAMS + 1)
+        streams = [pool.submit(stream, url, begun) for _ in range(STREAMS)]
+        begun.wait(60)
+        run.process.send_signal(signal.SIGTERM)
+        codes = set[int]()
+        while 503 not in codes:
+            codes.add(httpx.post(f"{url}/v1/completions", json=request(BASE, max_tokens=1), timeout=60).status_code)
+            assert codes <= {200, 503}
+            time.sleep(0.05)
+        assert [each.result(60) for each in streams] == ["[DONE]"] * STREAMS
         assert run.end() == 0, run.said()
         assert "Traceback" not in run.said()
+
+
+def stream(url: str, begun: threading.Barrier) -> object:
+    """Read a stream that lasts for seconds, as there are others; return its last event."""
+    body = request(BASE, max_tokens=TOKENS, stream=True)
+    with (
+        httpx.Client(base_url=url, timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        heard = events(answer)
+        next(heard)
+        begun.wait(60)
+        return list(heard)[-1]
 
 
 def test_a_second_signal_ends_it_at_once(config: Path) -> None:
