@@ -5,6 +5,7 @@ The names of the Python API are loaded when they are first used, so that importi
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["LLM", "CompletionOutput", "LoRARequest", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+
+# Imported, this package would report every import of OpenVINO to its makers, from a process of its own. Without it
+# OpenVINO and NNCF use their stand-ins, which report nothing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 _HOMES = {
     "LLM": "ovms_lora.llm",

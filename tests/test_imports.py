@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,3 +85,17 @@ def test_the_command_line_is_quick_to_load() -> None:
     program = "import sys, ovms_lora.cli\nprint(*sorted(set(sys.modules) & {'openvino', 'fastapi', 'uvicorn'}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "imports", ["ovms_lora.engine.model", "ovms_lora, openvino", "ovms_lora.export.cli, nncf, optimum.intel"]
+)
+def test_nothing_is_reported_to_the_makers_of_openvino(imports: str) -> None:
+    program = (
+        f"import {imports}\nimport multiprocessing, sys\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('openvino_telemetry.')))\n"
+        "print(len(multiprocessing.active_children()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in {"CI", "TF_BUILD", "JENKINS_URL"}}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split("\n") == ["", "0", ""]

@@ -46,16 +46,17 @@ class EngineReplica:
     async def __init__(self, options: ServerOptions, source: ModelSource, threads: int) -> None:  # type: ignore[misc] # Serve awaits it
         logs.configure(options.log_level)
         share_interpreter()
+        self._life = contextlib.AsyncExitStack()
         self._failures: list[OvmsLoraError] = []
         self._app = build_app(options, source, partial(load_on_share, threads), on_failure=self._failures.append)
         self._server: ServerState = self._app.state.server
-        self._life = contextlib.AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
         while not (self._server.lifecycle.started or self._failures):
             await asyncio.sleep(_START_SECONDS)
         self.check_health()
         ledger = serve.get_deployment_handle(LEDGER)
         self._follower = LedgerFollower(self._server, ledger.since.remote)
+        self._life.push_async_callback(self._follower.stop)
         await self._follower.start()
 
     async def answer(self, request: Forwarded) -> AsyncGenerator[list[Message]]:
@@ -96,8 +97,7 @@ class EngineReplica:
         )
 
     async def __del__(self) -> None:
-        """Stop the engines; Serve has waited for running requests."""
-        await self._follower.stop()
+        """Stop what has started, also when not all of it has; Serve has waited for running requests."""
         await self._life.aclose()
 
 

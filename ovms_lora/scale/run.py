@@ -57,7 +57,8 @@ def run(config: ScaleConfig, address: str | None) -> None:
             signals.wait()
             _drain(config.options.limits.drain_seconds)
         finally:
-            _delete()
+            if address:
+                _delete()
 
 
 def _deploy(application: Application) -> None:
@@ -93,8 +94,8 @@ def _ray(address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        if address is None:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+        # One that was started here goes with all that runs on it. Were Serve shut down before, its proxy would stay for
+        # a moment and answer 404.
         ray.shutdown()
 
 

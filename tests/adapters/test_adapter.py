@@ -248,7 +248,7 @@ def test_a_configuration_with_thousands_of_expressions_is_refused_at_once(tmp_pa
     started = time.thread_time()
     with pytest.raises(AdapterError, match="takes too long"):
         load(tmp_path, base)
-    assert time.thread_time() - started < 0.1
+    assert time.thread_time() - started < 0.5
 
 
 def test_a_configuration_with_thousands_of_patterns_is_quick(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from tests.engine.lora_models import Bases
 from tests.scale.fleet import BASE, events, request, write_repository
 
-TOKENS, STREAMS = 490, 12
+TOKENS, STREAMS = 490, 16
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,33 @@ class Run:
     def said(self) -> str:
         return "".join(self.lines)
 
+    def descendants(self) -> set[int]:
+        """The processes that it has started, and theirs."""
+        found, new = set[int](), {self.process.pid}
+        while new:
+            found |= new
+            new = {child for pid in new for child in _children(pid)} - found
+        return found - {self.process.pid}
+
     def end(self) -> int:
         code = self.process.wait(60)
         self._reader.join(10)
         return code
+
+
+def _children(pid: int) -> set[int]:
+    try:
+        lists = [(task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:  # it has ended
+        return set()
+    return {int(child) for each in lists for child in each.split()}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -80,6 +103,7 @@ def test_the_first_signal_lets_streams_end_and_refuses_what_is_new(config: Path)
         url, begun = run.url(), threading.Barrier(STREAMS + 1)
         streams = [pool.submit(stream, url, begun) for _ in range(STREAMS)]
         begun.wait(60)
+        started = run.descendants()
         run.process.send_signal(signal.SIGTERM)
         codes = set[int]()
         while 503 not in codes:
@@ -89,6 +113,10 @@ def test_the_first_signal_lets_streams_end_and_refuses_what_is_new(config: Path)
         assert [each.result(60) for each in streams] == ["[DONE]"] * STREAMS
         assert run.end() == 0, run.said()
         assert "Traceback" not in run.said()
+        deadline = time.monotonic() + 10
+        while left := {pid for pid in started if _alive(pid)}:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
 
 
 def stream(url: str, begun: threading.Barrier) -> object:
@@ -120,6 +148,7 @@ def test_a_model_that_cannot_be_loaded_is_said_and_ends_it(tmp_path: Path) -> No
     with running("--model_path", str(tmp_path / "empty")) as run:
         assert run.end() == 1
     assert "\nerror: the replicas do not start" in run.said()
+    assert "AttributeError" not in run.said()
     assert "\nhint: " in run.said()
 
 
