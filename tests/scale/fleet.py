@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.graph_pbtxt import render_graph
 from ovms_lora.scale import build_app
-from ovms_lora.scale.config import APPLICATION, ENGINE, ScaleConfig
+from ovms_lora.scale.config import APPLICATION, ENGINE, LEDGER, ScaleConfig
 from ovms_lora.scale.flags import config_of
 from ovms_lora.scale.ray_environment import prefer_cluster_environment
 from ovms_lora.server.keys import plain_keys
@@ -160,8 +160,16 @@ class Fleet:
 
     def kill(self, replica: str) -> None:
         """Kill a replica's process."""
-        name = f"SERVE_REPLICA::{APPLICATION}#{ENGINE}#{replica}"
-        ray.kill(ray.get_actor(name, namespace="serve"))
+        _kill(f"SERVE_REPLICA::{APPLICATION}#{ENGINE}#{replica}")
+
+    def kill_ledger(self) -> None:
+        """Kill the ledger's process; Serve starts another one."""
+        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        _kill(next(name for name in names if f"#{LEDGER}#" in name))
+
+
+def _kill(actor: str) -> None:
+    ray.kill(ray.get_actor(actor, namespace="serve"))
 
 
 def request(model: str = BASE, **fields: Any) -> dict[str, Any]:

@@ -141,6 +141,43 @@ def test_adapters_are_loaded_and_unloaded_in_all_replicas_and_in_those_that_star
         assert admin.post("/v1/config/reload").status_code == 200
 
 
+def test_what_was_loaded_outlives_the_ledger_and_a_replica_that_die_together(fleet: Fleet) -> None:
+    folder = fleet.config.options.lora_path_prefixes[0] / "loras" / "mail"
+    with fleet.client(ADMIN) as admin:
+        assert admin.post("/v1/load_lora_adapter", json={"lora_name": "mail", "lora_path": str(folder)}).is_success
+        fleet.many(*["mail"] * 8, at_once=8)
+        fleet.kill_ledger()
+        fleet.kill(next(iter(fleet.resident())))
+        wait_for(lambda: fleet.replicas() == 2)
+        wait_for(lambda: len(fleet.resident()) == 2)
+        fleet.many(*["mail"] * 16, at_once=16)
+        assert len(fleet.samples("ovms_lora_resident", adapter="mail")) == 2
+        assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "mail"}).status_code == 200
+        assert {fleet.complete("mail").status_code for _ in range(6)} == {404}
+
+
+def test_a_replica_that_goes_ends_what_it_has_begun(fleet: Fleet) -> None:
+    begun = threading.Barrier(2 * TARGET + 1)
+
+    def last_event() -> object:
+        fields = request(max_tokens=LONG, stream=True)
+        with fleet.client() as client, client.stream("POST", "/v1/completions", json=fields) as response:
+            stream = events(response)
+            next(stream)
+            begun.wait(60)
+            return list(stream)[-1]
+
+    with ThreadPoolExecutor(2 * TARGET) as pool:
+        streams = [pool.submit(last_event) for _ in range(2 * TARGET)]
+        begun.wait(60)
+        assert all(fleet.samples("vllm:num_requests_running").values())
+        fleet.deploy(min_replicas=1, max_replicas=1)
+        assert [each.result(60) for each in streams] == ["[DONE]"] * len(streams)
+    wait_for(lambda: fleet.replicas() == 1)
+    fleet.deploy()
+    wait_for(lambda: len(fleet.resident()) == 2)
+
+
 def test_replicas_come_and_go_with_the_load(fleet: Fleet) -> None:
     quick = {"upscale_delay_s": 0, "downscale_delay_s": 1, "look_back_period_s": 11}
     fleet.deploy(min_replicas=1, max_replicas=2, autoscaling=quick)
