@@ -100,7 +100,12 @@ def check_command(words: list[str]) -> None:
             replica_profile.parser().parse_args(arguments)
         case ["python3", "-m", "venv", ".venv"] | ["docker", *_]:
             pass  # docker: tests/docker/test_docker_files.py
-        case [".venv/bin/ray", "start", "--head"] | [".venv/bin/serve", "deploy", "config/ray.yaml"]:
+        case (
+            ["export", "RAY_AUTH_MODE=token"]
+            | [".venv/bin/ray", "get-auth-token", "--generate"]
+            | [".venv/bin/ray", "start", "--head"]
+            | [".venv/bin/serve", "deploy", "config/ray.yaml"]
+        ):
             pass  # tests/scale/test_flags.py
         case [".venv/bin/pip", "install", *arguments]:
             lists = [word for word in arguments if word.endswith(".txt")]
