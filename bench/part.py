@@ -29,9 +29,9 @@ class Plan:
     folder: Path
     long: bool = False
     rounds: int = 5
-    tokens: int = 24
+    tokens: int = 16
     batches: tuple[int, ...] = (1, 8, 16)
-    registered: tuple[int, ...] = (8, 64)
+    registered: tuple[int, ...] = (8, 32)
     serving_seconds: float = 6.0
     comparison_seconds: float = 6.0
 

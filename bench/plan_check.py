@@ -39,7 +39,7 @@ from ovms_lora.scale.routing_policy import KnownReplicas, ReplicaState, choose
 _REPLICAS = 3
 _ADAPTERS = 24
 _RANK = 8
-_TURNS = 8
+_TURNS = 4
 _TOLERANCE = 0.25
 
 

@@ -64,7 +64,7 @@ def read_parts(folder: Path = RESULTS) -> list[Result]:
     found = []
     for path in sorted(folder.glob("*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
-        if "rows" in values:
+        if "part" in values:
             found.append(Result(values["part"], values["model"], values["rows"], values["machine"]))
     return found
 

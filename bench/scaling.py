@@ -22,7 +22,7 @@ from bench.workload import Run, Server, base_linears, prompts, write_adapters
 _RESIDENT = 8
 _BATCH = 16
 _ZIPF_RANK = 8  # of hundreds of adapters that lie on the disk
-_LENGTHS, _SHORT_LENGTHS = (32, 128, 512, 1024, 2048, 4096), (32, 512)
+_LENGTHS, _SHORT_LENGTHS = (32, 128, 512, 1024, 2048, 4096), (32, 256)
 _RANKS, _SHORT_RANKS = (4, 8, 16, 32, 64, 128), (8, 64)
 
 

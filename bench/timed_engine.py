@@ -69,7 +69,8 @@ class TimedEngine:
         self.model: LoadedModel = load_model(
             model,
             deliver=self._deliver,
-            plugin_config={"INFERENCE_NUM_THREADS": threads} if threads else {},
+            # Not bound to processors: several processes with one thread each would be bound to the same one.
+            plugin_config={"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False} if threads else {},
             overrides=engine_options,
             lora=LoraConfig(LoraOptions(**lora_options), adapters=specs),
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -80,7 +80,8 @@ class Adapter:
     """A checked adapter. `digest` is the SHA-256 (hex) of its content, and with it its identity.
 
     `layers` is keyed by the base's module paths. `frozen_copies` names tensors that PEFT saved beside the LoRA as
-    copies of untouched base weights; they have the base's shape and are not read. `chat_template` is its own, if any.
+    copies of untouched base weights; they have the base's shape and are not read. `chat_template` is its own, if any;
+    `max_rank` is the largest rank of any module.
     """
 
     digest: str
@@ -89,16 +90,17 @@ class Adapter:
     dtype: np.dtype[Any]
     frozen_copies: tuple[str, ...] = ()
     chat_template: TemplateSource | None = None
+    # Counted once: the scheduler asks for it in every step, of every adapter that waits and that is resident.
+    max_rank: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find the largest rank."""
+        object.__setattr__(self, "max_rank", max(pair.rank for pair in self.layers.values()))
 
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each module."""
         return {module: pair.rank for module, pair in self.layers.items()}
-
-    @property
-    def max_rank(self) -> int:
-        """The largest rank of any module."""
-        return max(pair.rank for pair in self.layers.values())
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from bench.arrivals import poisson, zipf
 from bench.engines.job import Job, in_groups
 from bench.part import Row
 from bench.report import TARGETS, Results, report
-from bench.results import Result, read_parts, write_part
+from bench.results import Result, read_parts, write_part, write_results
 from bench.rounds import in_turn, quantile, spreads
 from bench.step_time import steps
 from bench.workload import Run
@@ -93,6 +93,7 @@ def test_results_come_back_as_they_were_written(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("bench.results.RESULTS", tmp_path / "results")
     rows: list[Row] = [{"case": "plain", "seconds": 1.5}]
     write_part("startup", "smollm2", rows, long=False)
+    write_results("plan_check-tiny", {"rows": {"tokens/s": 1.0}})  # of what is no part
     (found,) = read_parts(tmp_path / "results")
     assert (found.part, found.model, found.rows) == ("startup", "smollm2", rows)
     assert found.machine["cores"] >= 1 and found.machine["processor"] and found.machine["packages"]["openvino"]
