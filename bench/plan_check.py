@@ -1,6 +1,6 @@
 """Is `ovms-lora plan` right? Three real replicas under Poisson traffic, adapters by Zipf's law, and their simulation.
 
-python -m bench.plan_check [--model tiny] [--seconds 60] [--load 0.25]
+python -m bench.plan_check [--model smollm2] [--seconds 150] [--load 0.25]
 
 Each replica is a process with an engine of one thread; the router in front sends by the same policy as `ovms-lora ray`.
 The profile is measured in the same run, in turns with the traffic, on one replica while the others have as much to do
@@ -203,7 +203,7 @@ def check(model: Path, folder: Path, *, seconds: float, load: float, seed: int) 
 
 
 def _tiny() -> Path:
-    """Return a model whose steps take a millisecond or two: many requests are served in a minute."""
+    """Return a model whose steps take a millisecond or two, for a quick look: what they wait for each other counts."""
     folder = CACHE / "tiny" / "base"
     return folder if folder.is_dir() else tiny(folder.parent)
 
@@ -215,8 +215,8 @@ def _say(line: str) -> None:
 def main() -> int:
     """Check, write the result, and return 1 when a prediction is off by more than a quarter."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan_check", description=__doc__)
-    parser.add_argument("--model", default="tiny", help=f"a model folder, or tiny, {', '.join(MODELS)}")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of traffic")
+    parser.add_argument("--model", default="smollm2", help=f"a model folder, or tiny, {', '.join(MODELS)}")
+    parser.add_argument("--seconds", type=float, default=150.0, help="of traffic")
     parser.add_argument("--load", type=float, default=0.25, help="of what replicas do that answer one at a time")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

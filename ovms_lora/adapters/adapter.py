@@ -63,7 +63,10 @@ class BaseLinears:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraPair:
-    """One module's LoRA: the layer's output gains scaling · B(A x). A is [r, in], B is [out, r], both read-only."""
+    """One module's LoRA: the layer's output gains scaling · B(A x). A is [r, in], B is [out, r], both read-only.
+
+    Both lie in memory by columns, as the states of a graph have them: there they are copied while others wait.
+    """
 
     a: npt.NDArray[Any]
     b: npt.NDArray[Any]
@@ -296,7 +299,7 @@ def _read_tensors(
 
 def _converted(info: TensorInfo, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     with np.errstate(all="ignore"):  # what is no number, or overflows, is refused below, by name
-        return _checked(info, array, array.astype(dtype, copy=False))
+        return _checked(info, array, array.astype(dtype, order="F", copy=False))
 
 
 def _checked(info: TensorInfo, array: npt.NDArray[Any], converted: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -79,14 +79,14 @@ class LoraStates:
     def _write_pair(self, a: npt.NDArray[Any], b: npt.NDArray[Any], tiles: TileIndices, pair: LoraPair | None) -> None:
         """Write one linear: a [S, in, width], b [its chunks, S, width, c]."""
         width = self.width
-        scaled = pair.b.astype(np.float32) * np.float32(pair.scaling) if pair else None
         for number, tile in enumerate(tiles):
             begin = number * width
             rank = min(max(pair.rank - begin, 0), width) if pair else 0
-            if pair and scaled is not None and rank:
+            if pair and rank:
                 a[tile, :, :rank] = pair.a[begin : begin + rank].T
-                rows = scaled[:, begin : begin + rank].T
-                b[:, tile, :rank] = rows.reshape(rank, len(b), -1).transpose(1, 0, 2)
+                rows = pair.b[:, begin : begin + rank].T.astype(np.float32, copy=False)
+                chunks = rows.reshape(rank, len(b), -1).transpose(1, 0, 2)
+                np.multiply(chunks, np.float32(pair.scaling), out=b[:, tile, :rank], casting="unsafe")
             a[tile, :, rank:] = 0
             b[:, tile, rank:] = 0
 
