@@ -32,7 +32,7 @@ class Plan:
     tokens: int = 16
     batches: tuple[int, ...] = (1, 8, 16)
     registered: tuple[int, ...] = (8, 32)
-    serving_seconds: float = 6.0
+    serving_seconds: float = 4.0
     comparison_seconds: float = 6.0
 
     @classmethod

@@ -51,7 +51,7 @@ def by_registered(model: Path, plan: Plan) -> list[Row]:
 
 
 def _queue(server: Server, count: int, plan: Plan) -> Callable[[int], float]:
-    requests = _BATCH * (8 if plan.long else 4)
+    requests = _BATCH * (8 if plan.long else 3)
 
     def run(number: int) -> float:
         names = [f"a{index}" for index in zipf(requests, count, seed=number)]

@@ -15,7 +15,7 @@ from bench.served import served, write_config
 from bench.workload import base_linears, write_adapters
 
 _ADAPTERS = 8
-_SHORT_STARTS = 3
+_SHORT_STARTS = 2
 _MODULES = ("ovms_lora.server", "ovms_lora.server.app")
 _IMPORT = """
 import sys, time
