@@ -3,6 +3,9 @@
 A step reads the weights of all linears once, the tiles of the resident adapters that it uses, and the keys and values
 of its rows. It multiplies each row with each weight. Nothing can be faster than the slower of the two (the roofline of
 Williams et al., 2009) at the rates measured here: memory read in a stream, and large products on the same device.
+
+How far OpenVINO's kernels are from that is measured, too: a graph of nothing but the model's linears, for as many rows.
+What a step takes above it is for us, for attention, and for the small layers between.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from bench.rounds import spreads
 from bench.workload import Server, base_linears, write_adapters
 from ovms_lora.adapters.adapter import Adapter
 from ovms_lora.engine.device import openvino_core
-from ovms_lora.engine.linears import find_linears
+from ovms_lora.engine.linears import find_linears, group_linears
 from ovms_lora.engine.paged_graph import read_paged_model
 
 _READ_BYTES = 512 * 2**20  # beyond every cache
@@ -37,6 +40,7 @@ def measure(model: Path, plan: Plan) -> list[Row]:
     adapters = write_adapters(plan.folder, base_linears(model), _ADAPTERS)
     weights, rows = weight_bytes(model), list[Row]()
     multiplied = sum(shape.out_features * shape.in_features for shape in base_linears(model).shapes.values())
+    linears = Linears(model)
     with Server(model) as plain, Server(model, adapters, max_loras=_ADAPTERS) as mixed:
         one = adapter_bytes(mixed)
         for batch in plan.batches:
@@ -47,11 +51,12 @@ def measure(model: Path, plan: Plan) -> list[Row]:
             }
             machine = Machine(read_bandwidth(), compute_rate())
             found = spreads(plan.in_turn(cases))
+            alone = linears.seconds(batch)
             kept = batch * (PROMPT_TOKENS + plan.tokens / 2) * token_bytes(plain)
             for name, used in (("plain", 0), (f"{_ADAPTERS} mixed", min(batch, _ADAPTERS))):
                 in_row = multiplied + (adapter_elements(mixed) if used else 0)
                 work = Work(weights + used * one + kept, 2.0 * batch * in_row)
-                rows.append(_row(name, batch, work, machine, found[name].median))
+                rows.append(_row(name, batch, work, machine, found[name].median, alone))
     return rows
 
 
@@ -71,7 +76,36 @@ class Work:
     operations: float
 
 
-def _row(name: str, batch: int, work: Work, machine: Machine, seconds: float) -> Row:
+class Linears:
+    """The linears of a model by themselves, joined as in the engine's graph."""
+
+    def __init__(self, model: Path) -> None:
+        groups = group_linears(find_linears(read_paged_model(openvino_core(), model)))
+        outputs = [carrier.output for group in groups for carrier in group.carriers]
+        inputs: dict[int, ov.Node] = {}
+        for output in outputs:
+            product = output.get_node().input(0)
+            width = product.get_partial_shape()[2].get_length()
+            if width not in inputs:
+                inputs[width] = ov.opset13.parameter([-1, 1, width], np.float32)
+            product.replace_source_output(inputs[width].output(0))
+        graph = ov.Model([ov.opset13.result(output) for output in outputs], list(inputs.values()))
+        self._request = openvino_core().compile_model(graph, "CPU").create_infer_request()
+        self._widths = list(inputs)
+
+    def seconds(self, rows: int) -> float:
+        """Return how long they take for so many rows, the least of some times."""
+        for index, width in enumerate(self._widths):
+            self._request.set_input_tensor(index, ov.Tensor(np.ones((rows, 1, width), np.float32)))
+        best = float("inf")
+        for _ in range(2 * _READS):
+            begin = time.perf_counter()
+            self._request.infer()
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+
+def _row(name: str, batch: int, work: Work, machine: Machine, seconds: float, linears: float) -> Row:
     reading, computing = work.bytes / machine.bytes, work.operations / machine.operations
     return {
         "case": name,
@@ -84,6 +118,8 @@ def _row(name: str, batch: int, work: Work, machine: Machine, seconds: float) ->
         "reading_ms": reading * 1e3,
         "computing_ms": computing * 1e3,
         "of_bound": max(reading, computing) / seconds,
+        "linears_ms": linears * 1e3,
+        "of_linears": linears / seconds,
     }
 
 

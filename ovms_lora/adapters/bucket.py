@@ -118,6 +118,8 @@ class Bucket:
         """Return the names of all folders that hold an adapter_config.json. Raises UnavailableError."""
         try:
             paths = self._called(lambda fs, root: fs._find(root))
+            if not paths and self.url.scheme == "abfss":  # where a container that is missing looks like an empty one
+                self._called(lambda fs, root: fs._info(root.split("/")[0]))
         except FileNotFoundError as error:
             raise self._unavailable("there is no such bucket") from error
         _, root = self._open()
@@ -224,6 +226,8 @@ class Bucket:
                 fs, root = url_to_fs(str(self.url), **options)
                 if self.url.scheme == "s3":
                     fs.retries = 1  # it would try five times in each of our attempts
+                if self.url.scheme == "gs":  # it warns at every object when it may not ask for the kind of the bucket
+                    logging.getLogger("gcsfs").setLevel(logging.ERROR)
                 self._opened = fs, root.rstrip("/")
             return self._opened
 
