@@ -3,8 +3,9 @@
     python -m bench.ray_serve
 
 Each replica has one thread, as the servers that are asked directly. All are up at the same time and are asked in turn.
-Two replicas get twice the streams of one, so that each works on as many rows. Two servers without Ray are asked in the
-same way: what they do not reach together is the machine's doing.
+Two replicas get twice the requests of one, so that each works on as many rows. Two servers without Ray are asked in the
+same way: what they do not reach together is the machine's doing. Answers are asked for as a whole and as streams, whose
+events cost the processes between client and engine something for each token.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from bench.workload import prompts
 
 _VOCABULARY = 1000
 _FIRST_TOKENS, _WARM = 60, 10
-_STREAMS, _TOKENS, _ROUNDS = 8, 32, 5  # streams of one replica
+_AT_ONCE, _TOKENS, _ROUNDS = 8, 32, 5  # requests of one replica
 _ONE_THREAD = ("--plugin_config", '{"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": false}')
-# Full with its streams, so that two of them share twice as many evenly.
-_RAY = ("--num_cpus", "1", "--target_ongoing_requests", str(_STREAMS))
+# Full with its requests, so that two of them share twice as many evenly.
+_RAY = ("--num_cpus", "1", "--target_ongoing_requests", str(_AT_ONCE))
 
 
 def main() -> int:
@@ -37,7 +38,12 @@ def main() -> int:
         direct, other = (stack.enter_context(_up("serve", *_ONE_THREAD)) for _ in range(2))
         one = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "1"))
         two = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "2"))
-        found = {"first_token_ms": _first_tokens(direct, one), "tokens_per_second": _rates(direct, other, one, two)}
+        ports = {"server": [direct], "two_servers": [direct, other], "replica": [one], "two_replicas": [two, two]}
+        found = {
+            "first_token_ms": _first_tokens(direct, one),
+            "tokens_per_second": _rates(ports, stream=False),
+            "tokens_per_second_streamed": _rates(ports, stream=True),
+        }
     path = ROOT / "bench" / "results" / "ray_serve.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -48,44 +54,51 @@ def _first_tokens(direct: int, one: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {"direct": [], "ingress": []}
     for prompt in prompts(_FIRST_TOKENS + _WARM, 16, vocabulary=_VOCABULARY):
         for name, port in (("direct", direct), ("ingress", one)):
-            seconds[name].append(_stream(port, prompt, 2))
+            seconds[name].append(_ask(port, prompt, 2, stream=True))
     medians = {name: 1000 * statistics.median(values[_WARM:]) for name, values in seconds.items()}
     found = {**medians, "added": medians["ingress"] - medians["direct"]}
     print("first token, ms:", json.dumps(found), flush=True)
     return found
 
 
-def _rates(direct: int, other: int, one: int, two: int) -> dict[str, float]:
+def _rates(ports: dict[str, list[int]], *, stream: bool) -> dict[str, float]:
     """Return medians of tokens per second, and of what two reach of one in the same round."""
-    ports = {"server": [direct], "two_servers": [direct, other], "replica": [one], "two_replicas": [two, two]}
-    rounds = [{name: _rate(asked) for name, asked in ports.items()} for _ in range(_ROUNDS + 1)][1:]
+    rounds = [{name: _rate(asked, stream=stream) for name, asked in ports.items()} for _ in range(_ROUNDS + 1)][1:]
     found = {name: statistics.median(rates[name] for rates in rounds) for name in ports}
     found["ratio"] = statistics.median(rates["two_replicas"] / rates["replica"] for rates in rounds)
     found["ratio_of_servers"] = statistics.median(rates["two_servers"] / rates["server"] for rates in rounds)
-    print("tokens per second:", json.dumps(found), flush=True)
+    print(f"tokens per second, {'streamed' if stream else 'whole answers'}:", json.dumps(found), flush=True)
     return found
 
 
-def _rate(ports: list[int]) -> float:
-    """Return the tokens per second of streams at all of the ports, as many at each."""
-    asked = prompts(_STREAMS * len(ports), 16, vocabulary=_VOCABULARY)
+def _rate(ports: list[int], *, stream: bool) -> float:
+    """Return the tokens per second of requests to all of the ports, as many to each."""
+    asked = prompts(_AT_ONCE * len(ports), 16, vocabulary=_VOCABULARY)
     begun = time.perf_counter()
     with ThreadPoolExecutor(len(asked)) as pool:
-        list(pool.map(lambda port, prompt: _stream(port, prompt, _TOKENS), ports * _STREAMS, asked))
+        list(pool.map(lambda port, prompt: _ask(port, prompt, _TOKENS, stream=stream), ports * _AT_ONCE, asked))
     return len(asked) * _TOKENS / (time.perf_counter() - begun)
 
 
-def _stream(port: int, prompt: list[int], tokens: int) -> float:
-    """Read a whole stream; return the seconds until its first event."""
-    body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+def _ask(port: int, prompt: list[int], tokens: int, *, stream: bool) -> float:
+    """Read a whole answer; return the seconds until its first line."""
+    body = {
+        "model": "m",
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": stream,
+    }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     begun = time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     answer.readline()
     seconds = time.perf_counter() - begun
-    if not answer.read().endswith(b"data: [DONE]\n\n"):
-        raise SystemExit("error: a stream broke off")
+    rest = answer.read()
+    if answer.status != 200 or (stream and not rest.endswith(b"data: [DONE]\n\n")):
+        raise SystemExit("error: a request failed, or its stream broke off")
     connection.close()
     return seconds
 
