@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
-from bench.models import ROOT, smollm2
+from bench.models import smollm2
+from bench.results import write_results
 from bench.workload import prompts
 
 _VOCABULARY = 1000
@@ -44,9 +45,7 @@ def main() -> int:
             "tokens_per_second": _rates(ports, stream=False),
             "tokens_per_second_streamed": _rates(ports, stream=True),
         }
-    path = ROOT / "bench" / "results" / "ray_serve.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(write_results("ray_serve", found))
     return 0
 
 

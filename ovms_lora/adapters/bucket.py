@@ -119,7 +119,7 @@ class Bucket:
         try:
             paths = self._called(lambda fs, root: fs._find(root))
             if not paths and self.url.scheme == "abfss":  # where a container that is missing looks like an empty one
-                self._called(lambda fs, root: fs._info(root.split("/")[0]))
+                self._called(lambda fs, root: fs._ls(root.split("/")[0]))
         except FileNotFoundError as error:
             raise self._unavailable("there is no such bucket") from error
         _, root = self._open()
@@ -226,8 +226,8 @@ class Bucket:
                 fs, root = url_to_fs(str(self.url), **options)
                 if self.url.scheme == "s3":
                     fs.retries = 1  # it would try five times in each of our attempts
-                if self.url.scheme == "gs":  # it warns at every object when it may not ask for the kind of the bucket
-                    logging.getLogger("gcsfs").setLevel(logging.ERROR)
+                if self.url.scheme == "gs":
+                    logging.getLogger("gcsfs").addFilter(_is_of_interest)
                 self._opened = fs, root.rstrip("/")
             return self._opened
 
@@ -245,6 +245,11 @@ class Bucket:
             hint=f"{self.url}: {fault}; check the address, the network, and the credentials in the environment",
             retry_after=REST_SECONDS,
         )
+
+
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    # gcsfs says so at every question, where it may not ask for the kind of a bucket.
+    return "determine bucket type" not in record.getMessage()
 
 
 def _answer(future: Future[Any], timeout: float, written: Path | None, limit: int) -> Any:

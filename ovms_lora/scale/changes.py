@@ -66,6 +66,16 @@ class ChangeLog:
                 self._put(version, change)
         self.version = max(self.version, history.version)
 
+    def go_on_from(self, history: History) -> None:
+        """Put a longer log before what is here: the changes of this one count as made after it."""
+        own = [change for _, change in self.since(0).changes]
+        self._changes.clear()
+        self._unloaded.clear()
+        self.version = 0
+        self.take(history)
+        for change in own:
+            self.add(change)
+
     def _put(self, version: int, change: Change) -> int:
         self._changes.pop(change.alias, None)
         self._unloaded.pop(change.alias, None)

@@ -24,7 +24,7 @@ class ScaleConfig:
 
     `min_replicas` equal to `max_replicas` is a fixed number. A replica with `target_ongoing_requests` has no room for
     more while others have, and so many per replica is what autoscaling aims at. `num_cpus` is what Ray reserves for a
-    replica, and how many threads its engine computes with. `autoscaling` overrides keys of Serve's AutoscalingConfig.
+    replica, and how many threads its engine computes with. `autoscaling` has more of Serve's AutoscalingConfig.
     """
 
     options: ServerOptions
@@ -42,7 +42,7 @@ class ScaleConfig:
 
     @property
     def replica_options(self) -> ServerOptions:
-        """The options of one replica: origins and connections are the ingress's business."""
+        """The options of one replica: origins are the ingress's business."""
         return replace(self.options, allowed_origins=())
 
     @property

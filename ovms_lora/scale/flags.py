@@ -63,6 +63,9 @@ def scale_config(arguments: argparse.Namespace) -> ScaleConfig:
     options, source = server_options(arguments), model_source(arguments)
     least, most = _bounds(arguments)
     autoscaling = json_object("--autoscaling_config", arguments.autoscaling_config)
+    for key in ("min_replicas", "max_replicas", "target_ongoing_requests"):
+        if key in autoscaling:
+            raise UsageError(f"{key} does not stand in --autoscaling_config", hint=f"give --{key}")
     if autoscaling and least == most:
         raise UsageError("--autoscaling_config goes with --max_replicas only", hint="add --max_replicas")
     return ScaleConfig(

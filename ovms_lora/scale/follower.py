@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 from starlette.exceptions import HTTPException
 
-from ovms_lora.core.errors import OvmsLoraError, UnavailableError
+from ovms_lora.core.errors import EngineError, OvmsLoraError, UnavailableError
 from ovms_lora.scale.changes import Change, ChangeKind, ChangeLog, History
 from ovms_lora.scale.ray_errors import RAY_ERRORS
 from ovms_lora.server.state import ServerState
@@ -25,11 +25,17 @@ _BEHIND_SECONDS = 30.0
 
 
 class LedgerFollower:
-    """Keeps one server as the ledger says; `since` asks the ledger and may wait for long."""
+    """Keeps one server as the ledger says; `since` asks the ledger and may wait for long, `teach` tells it."""
 
-    def __init__(self, server: ServerState, since: Callable[[int], Awaitable[History]]) -> None:
+    def __init__(
+        self,
+        server: ServerState,
+        since: Callable[[int], Awaitable[History]],
+        teach: Callable[[History], Awaitable[None]],
+    ) -> None:
         self._server = server
         self._since = since
+        self._teach = teach
         self._log = ChangeLog()
         self._caught_up = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
@@ -44,6 +50,11 @@ class LedgerFollower:
         while not await self._follow(-1):
             await asyncio.sleep(_AGAIN_SECONDS)
         self._task = asyncio.create_task(self._go_on())
+
+    def check(self) -> None:
+        """Raise EngineError when it follows no more, for a reason that nobody foresaw."""
+        if self._task and self._task.done():
+            raise EngineError("the replica does not follow the ledger any more")
 
     async def stop(self) -> None:
         """Follow no more."""
@@ -68,9 +79,12 @@ class LedgerFollower:
                 await asyncio.sleep(_AGAIN_SECONDS)
 
     async def _follow(self, version: int) -> bool:
-        """Ask once, and make what has changed since; False when the ledger does not answer."""
+        """Ask once, and make what has changed since; False when the ledger does not answer or knows less."""
         try:
             history = await self._since(version)
+            if history.version < self._log.version:  # it has started again, and not heard of us
+                await self._teach(self.history)
+                return False
         except RAY_ERRORS as error:
             log.warning("the ledger does not answer: %s", type(error).__name__)
             return False

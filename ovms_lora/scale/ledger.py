@@ -3,13 +3,15 @@
     client ──► Ingress ──► Ledger ──► one replica does it, and its answer is the client's
                              └──────► noted, and told to all replicas, also to those that start later
 
-There is one ledger. Its replicas' copies survive it: when it starts again it takes the fullest of them.
+There is one ledger. Its replicas' copies survive it: when it starts again it takes the fullest that it is told of,
+and later a fuller one of a replica that did not answer then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from dataclasses import replace
 from typing import Any
@@ -42,24 +44,45 @@ class Ledger:
         self._log = ChangeLog()
         self._changing = asyncio.Lock()
         self._told = asyncio.Condition()
+        self._updates = set[asyncio.Task[tuple[list[Message], int]]]()
         with contextlib.suppress(TimeoutError, *RAY_ERRORS):  # the first start: nobody has a copy
-            copies = await engines.broadcast("history").results_async(timeout_s=_RECOVERY_SECONDS)
-            self._log.take(newest(copies))
+            asked = engines.broadcast("history")
+            copies = await asked.results_async(timeout_s=_RECOVERY_SECONDS, return_exceptions=True)
+            self._log.take(newest(copy for copy in copies if isinstance(copy, History)))
 
     async def update(self, request: Forwarded, key: str) -> tuple[list[Message], int]:
         """Have one replica do what a request wants; return its answer, and the version of the ledger after it.
 
-        `key` names adapters whose holders are asked first: not all replicas have what was found on a loading path.
-        Raises what `Engines.answer` raises.
+        `key` names adapters whose holders are asked first: not all replicas have what was found on a loading path. What
+        has begun is done to its end and noted, also when nobody waits for it any more. Raises what `Engines.answer`
+        raises.
         """
+        # Without the context of this call, whose end Serve would pass on.
+        task = asyncio.create_task(self._update(request, key), context=contextvars.Context())
+        self._updates.add(task)
+        task.add_done_callback(self._updates.discard)
+        return await asyncio.shield(task)
+
+    async def learn(self, history: History) -> None:
+        """Take what a replica knows and the ledger has lost."""
+        async with self._changing:
+            if history.version > self._log.version:
+                log.warning("the ledger goes on from version %d, which a replica has kept", history.version)
+                self._log.go_on_from(history)
+                await self._tell()
+
+    async def _update(self, request: Forwarded, key: str) -> tuple[list[Message], int]:
         async with self._changing:
             request = replace(request, version=self._log.version)
             messages = [message async for message in self._engines.answer(request, key)]
             if messages[0]["status"] < 300:
                 self._log.add(_change(request))
-                async with self._told:
-                    self._told.notify_all()
+                await self._tell()
             return messages, self._log.version
+
+    async def _tell(self) -> None:
+        async with self._told:
+            self._told.notify_all()
 
     async def since(self, version: int) -> History:
         """Return what has changed after a version; wait a while for something."""

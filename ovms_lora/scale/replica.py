@@ -47,6 +47,7 @@ class EngineReplica:
         logs.configure(options.log_level)
         share_interpreter()
         self._life = contextlib.AsyncExitStack()
+        self._follower: LedgerFollower | None = None
         self._failures: list[OvmsLoraError] = []
         self._app = build_app(options, source, partial(load_on_share, threads), on_failure=self._failures.append)
         self._server: ServerState = self._app.state.server
@@ -55,7 +56,7 @@ class EngineReplica:
             await asyncio.sleep(_START_SECONDS)
         self.check_health()
         ledger = serve.get_deployment_handle(LEDGER)
-        self._follower = LedgerFollower(self._server, ledger.since.remote)
+        self._follower = LedgerFollower(self._server, ledger.since.remote, ledger.learn.remote)
         self._life.push_async_callback(self._follower.stop)
         await self._follower.start()
 
@@ -63,6 +64,7 @@ class EngineReplica:
         """Yield the answer to a request, as it comes; the first list is empty and says that the request is taken."""
         yield []
         app: ASGIApp = self._app
+        assert self._follower, "there are no requests before the start is over"
         try:
             await self._follower.reach(request.version)
         except UnavailableError as error:
@@ -77,6 +79,8 @@ class EngineReplica:
             raise self._failures[0]
         if not self._server.lifecycle.live:
             raise EngineError("an engine has not turned its loop lately")
+        if self._follower:
+            self._follower.check()
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Return what the router is told."""
@@ -88,7 +92,7 @@ class EngineReplica:
 
     def history(self) -> History:
         """Return what clients have changed here, for a ledger that has lost it."""
-        return self._follower.history
+        return self._follower.history if self._follower else History(0)
 
     async def metrics(self) -> tuple[str, bytes]:
         """Return the metrics of this replica alone, with its name."""

@@ -12,14 +12,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import AuthenticationError
 from ray.serve import Application
+from ray.serve.context import _get_global_client
 
 from ovms_lora.core.errors import ConfigError, EngineError
 from ovms_lora.scale.app import build_app
@@ -36,21 +40,26 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 5.0
+_TOKEN_HINT = "give its token: RAY_AUTH_MODE=token, and ~/.ray/auth_token or RAY_AUTH_TOKEN"
+# In which Serve's proxy passes on what the ingress has said last.
+_LINGER_SECONDS = 1.0
 
 
 def run(config: ScaleConfig, address: str | None) -> None:
     """Serve until a signal comes.
 
-    Raises ConfigError when the configuration is not usable, the port is taken or the cluster cannot be reached, and
-    EngineError when no replica comes up.
+    Raises ConfigError when the configuration is not usable, the port is taken, the cluster cannot be joined or has an
+    application of this name, and EngineError when no replica comes up.
     """
     logs.configure(config.options.log_level)
     application = build_app(config)
-    with bind(config.options.host, config.options.port) as listener:
-        url, port = url_of(listener), listener.getsockname()[1]
-    with _signals() as signals, _ray(address):
+    # Found taken before Ray is started, which takes seconds. On a cluster Serve may have the port, and be right.
+    place = None if address else _free_place(config)
+    with _signals(joined=bool(address)) as signals, _ray(address):
         signals.listen()  # again: Ray has put its own handlers there
-        serve.start(http_options={"host": config.options.host, "port": port})
+        if APPLICATION in serve.status().applications:
+            raise ConfigError(f"{APPLICATION} runs on this cluster", hint="end it with serve shutdown")
+        url = _serving(place, config)
         try:
             _deploy(application)
             print(f"ready: {url} serving with {_number(config)}", file=sys.stderr, flush=True)
@@ -61,11 +70,36 @@ def run(config: ScaleConfig, address: str | None) -> None:
                 _delete()
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where HTTP is to be answered."""
+
+    url: str
+    host: str
+    port: int
+
+
+def _free_place(config: ScaleConfig) -> _Place:
+    """Return the place that the options name. Raises ConfigError when it is taken."""
+    with bind(config.options.host, config.options.port) as listener:
+        return _Place(url_of(listener), config.options.host, listener.getsockname()[1])
+
+
+def _serving(place: _Place | None, config: ScaleConfig) -> str:
+    """Start Serve unless the cluster runs one; return where it answers. Raises ConfigError for a taken port."""
+    if running := _get_global_client(raise_if_no_controller_running=False):
+        http = running.http_config
+        return f"http://{http.host}:{http.port}"
+    place = place or _free_place(config)
+    serve.start(http_options={"host": place.host, "port": place.port})
+    return place.url
+
+
 def _deploy(application: Application) -> None:
     try:
         serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:  # what Serve says when it gives up on an application
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip().splitlines() or ["no reason given"])[-1]
         raise EngineError(f"the replicas do not start: {reason}", hint="the lines above say why") from error
 
 
@@ -91,6 +125,9 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.init(address=address or "local", log_to_driver=True, **({} if address else own))
     except ConnectionError as error:
         raise ConfigError(f"there is no Ray cluster at {address}", hint="ray start --head starts one") from error
+    except AuthenticationError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"the Ray cluster at {address} does not let us in: {reason}", hint=_TOKEN_HINT) from error
     try:
         yield
     finally:
@@ -102,11 +139,12 @@ def _ray(address: str | None) -> Iterator[None]:
 class _Signals:
     """The first signal ends the wait, and the second one the process, as the first one does before the wait.
 
-    Ray's own handlers would leave no time to take anything down. What Ray has started ends with this process; raising
-    something while it starts that would crash in it.
+    Ray's own handlers would leave no time to take anything down. A Ray that was started here ends with this process;
+    raising something while it starts would crash in it. On a cluster that was joined the application stays.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, joined: bool) -> None:
+        self._joined = joined
         self._waiting = False
         self._came = threading.Event()
 
@@ -123,13 +161,15 @@ class _Signals:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self._came.is_set() or not self._waiting:
+            if self._joined:
+                os.write(2, b"what was deployed stays on the cluster: serve shutdown ends it\n")
             os._exit(128 + number)
         self._came.set()
 
 
 @contextmanager
-def _signals() -> Iterator[_Signals]:
-    signals = _Signals()
+def _signals(*, joined: bool) -> Iterator[_Signals]:
+    signals = _Signals(joined=joined)
     before = {number: signal.getsignal(number) for number in _ENDING}
     signals.listen()
     try:
@@ -140,8 +180,13 @@ def _signals() -> Iterator[_Signals]:
 
 
 def _drain(seconds: float) -> None:
-    """Have the ingress refuse what is new, so that clients hear it in their dialect, until the rest has ended."""
+    """Have the ingress refuse what is new, so that clients hear it in their dialect, until the rest has ended.
+
+    Raises nothing: where the ingress does not answer, there is nobody to wait for.
+    """
     try:
         serve.get_app_handle(APPLICATION).broadcast("drain").results(timeout_s=seconds + _GRACE_SECONDS)
     except (TimeoutError, *RAY_ERRORS) as error:
         log.warning("the ingress does not answer: %s", error)
+    else:
+        time.sleep(_LINGER_SECONDS)

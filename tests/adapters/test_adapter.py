@@ -241,14 +241,18 @@ def test_inspecting_refuses_what_needs_no_base(tmp_path: Path) -> None:
     assert caught.value.code == "adapter_rank"
 
 
+def seconds_to_refusal(folder: Path, base: BaseLinears) -> float:
+    started = time.thread_time()
+    with pytest.raises(AdapterError, match="takes too long"):
+        load(folder, base)
+    return time.thread_time() - started
+
+
 def test_a_configuration_with_thousands_of_expressions_is_refused_at_once(tmp_path: Path) -> None:
     base = tiny_base(layers=80)
     config = good_config(alpha_pattern={f".*q{n}$": 2 for n in range(2000)})
     write_adapter(tmp_path, config=json.dumps(config).encode(), tensors=good_tensors(base))
-    started = time.thread_time()
-    with pytest.raises(AdapterError, match="takes too long"):
-        load(tmp_path, base)
-    assert time.thread_time() - started < 0.5
+    assert min(seconds_to_refusal(tmp_path, base) for _ in range(3)) < 0.1  # the best: others compute, too
 
 
 def test_a_configuration_with_thousands_of_patterns_is_quick(tmp_path: Path) -> None:

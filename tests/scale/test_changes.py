@@ -46,6 +46,17 @@ def test_a_copy_goes_on_where_the_log_was() -> None:
     assert copy.version == 5
 
 
+def test_a_shorter_log_goes_on_from_a_longer_one() -> None:
+    longer, log = ChangeLog(), ChangeLog()
+    for alias in "abc":
+        longer.add(load(alias))
+    for change in (unload("b"), load("d")):
+        log.add(change)
+    log.go_on_from(longer.since(0))
+    assert told(log.since(0)) == [(1, "load", "a"), (3, "load", "c"), (4, "unload", "b"), (5, "load", "d")]
+    assert log.version == 5
+
+
 def test_the_fullest_copy_is_taken() -> None:
     assert newest([History(1), History(3), History(2)]) == History(3)
     assert newest([]) == History(0)

@@ -65,6 +65,7 @@ def test_adapters_per_replica_are_max_loras(config_path: Path) -> None:
         (("--num_cpus", "nan"), "not a number of processors"),
         (("--autoscaling_config", '{"upscale_delay_s": 3}'), "goes with --max_replicas only"),
         (("--autoscaling_config", "["), "not valid JSON"),
+        (("--max_replicas", 2, "--autoscaling_config", '{"max_replicas": 3}'), "does not stand in"),
     ],
 )
 def test_misuse(config_path: Path, flags: tuple[object, ...], message: str) -> None:
