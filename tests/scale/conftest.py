@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.engine.lora_models import Bases
+from tests.object_store import ObjectStore
 from tests.scale.fleet import Fleet, cluster, fleet_config, write_repository
 
 
@@ -17,12 +18,12 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def fleet(tmp_path_factory: pytest.TempPathFactory, object_store_server: ObjectStore) -> Iterator[Fleet]:
     base = Bases(tmp_path_factory.mktemp("bases")).get("llama")
     config = fleet_config(write_repository(base, tmp_path_factory.mktemp("repository")))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with cluster(port):
+    with cluster(port, object_store_server.environment):
         fleet = Fleet(f"http://127.0.0.1:{port}", config)
         fleet.deploy()
         yield fleet

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -78,9 +78,9 @@ def _vary(original: Path, folder: Path, number: int) -> None:
 
 
 @contextmanager
-def cluster(port: int) -> Iterator[None]:
-    """Run a small Ray, with Serve on a port; nothing of it leaves the machine."""
-    with mock.patch.dict(os.environ, _ENVIRONMENT):
+def cluster(port: int, environment: Mapping[str, str]) -> Iterator[None]:
+    """Run a small Ray, with Serve on a port and with this in its environment; nothing of it leaves the machine."""
+    with mock.patch.dict(os.environ, {**_ENVIRONMENT, **environment}):
         prefer_cluster_environment()
         ray.init(
             address="local", num_cpus=4, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False
