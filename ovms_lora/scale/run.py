@@ -7,6 +7,7 @@ Owns the process and its signals. A Ray that was started here ends with it; on o
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -42,7 +43,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 5.0
 _TOKEN_HINT = "give its token: RAY_AUTH_MODE=token, and ~/.ray/auth_token or RAY_AUTH_TOKEN"
 # In which Serve's proxy passes on what the ingress has said last.
-_LINGER_SECONDS = 1.0
+_LINGER_SECONDS = 2.0
 
 
 def run(config: ScaleConfig, address: str | None) -> None:
@@ -185,8 +186,13 @@ def _drain(seconds: float) -> None:
     Raises nothing: where the ingress does not answer, there is nobody to wait for.
     """
     try:
-        serve.get_app_handle(APPLICATION).broadcast("drain").results(timeout_s=seconds + _GRACE_SECONDS)
+        asyncio.run(_told_to_drain(seconds + _GRACE_SECONDS))
     except (TimeoutError, *RAY_ERRORS) as error:
         log.warning("the ingress does not answer: %s", error)
     else:
         time.sleep(_LINGER_SECONDS)
+
+
+async def _told_to_drain(seconds: float) -> None:
+    # On an event loop: a handle needs one where RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0 stands in the environment.
+    await serve.get_app_handle(APPLICATION).broadcast("drain").results_async(timeout_s=seconds)

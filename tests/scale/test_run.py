@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +29,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """A running command, and what it says on stderr."""
+    """A running command, and what it says on stderr. What other tests tell their Ray is not in its environment."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, environment: Mapping[str, str]) -> None:
         command = [sys.executable, "-m", "ovms_lora.cli", "ray", "--num_cpus", "0.3", "--rest_port", "0", *flags]
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        told = {**others, "RAY_AUTH_MODE": "disabled", **environment}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=told)
         self.lines: list[str] = []
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -87,8 +88,8 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def running(*flags: str) -> Iterator[Run]:
-    run = Run(*flags)
+def running(*flags: str, environment: Mapping[str, str] | None = None) -> Iterator[Run]:
+    run = Run(*flags, environment=environment or {})
     try:
         yield run
     finally:
@@ -99,7 +100,14 @@ def running(*flags: str) -> Iterator[Run]:
 
 
 def test_the_first_signal_lets_streams_end_and_refuses_what_is_new(config: Path) -> None:
-    with running("--config_path", str(config)) as run, ThreadPoolExecutor(STREAMS) as pool:
+    # As docs/ray.md gives it for clusters.
+    environment = {
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    }
+    flags = ("--config_path", str(config))
+    with running(*flags, environment=environment) as run, ThreadPoolExecutor(STREAMS) as pool:
         url, begun = run.url(), threading.Barrier(STREAMS + 1)
         streams = [pool.submit(stream, url, begun) for _ in range(STREAMS)]
         begun.wait(60)
