@@ -9,6 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from openai import OpenAI
 
@@ -134,6 +135,16 @@ def test_a_replica_killed_in_mid_stream_gives_an_error_event_and_no_end(fleet: F
     wait_for(lambda: len(fleet.resident()) == 2)
 
 
+def check_a_new_replica_has_mail_until_it_is_unloaded(fleet: Fleet, admin: httpx.Client) -> None:
+    fleet.kill(next(iter(fleet.resident())))
+    wait_for(lambda: fleet.replicas() == 2)
+    wait_for(lambda: len(fleet.resident()) == 2)
+    fleet.many(*["mail"] * 16, at_once=16)
+    assert len(fleet.samples("ovms_lora_resident", adapter="mail")) == 2
+    assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "mail"}).status_code == 200
+    assert {fleet.complete("mail").status_code for _ in range(6)} == {404}
+
+
 def test_adapters_are_loaded_and_unloaded_in_all_replicas_and_in_those_that_start_later(fleet: Fleet) -> None:
     folder = fleet.config.options.lora_path_prefixes[0] / "loras" / "mail"
     assert fleet.complete("mail").status_code == 404
@@ -143,13 +154,7 @@ def test_adapters_are_loaded_and_unloaded_in_all_replicas_and_in_those_that_star
         again = admin.post("/v1/load_lora_adapter", json={"lora_name": "mail", "lora_path": str(folder)})
         assert again.status_code == 400
         fleet.many(*["mail"] * 8, at_once=8)
-        fleet.kill(next(iter(fleet.resident())))
-        wait_for(lambda: fleet.replicas() == 2)
-        wait_for(lambda: len(fleet.resident()) == 2)
-        fleet.many(*["mail"] * 16, at_once=16)
-        assert len(fleet.samples("ovms_lora_resident", adapter="mail")) == 2
-        assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "mail"}).status_code == 200
-        assert {fleet.complete("mail").status_code for _ in range(6)} == {404}
+        check_a_new_replica_has_mail_until_it_is_unloaded(fleet, admin)
         assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "mail"}).status_code == 404
         assert admin.post("/v1/config/reload").status_code == 200
 
@@ -160,13 +165,7 @@ def test_what_was_loaded_outlives_the_ledger_and_a_replica_that_die_together(fle
         assert admin.post("/v1/load_lora_adapter", json={"lora_name": "mail", "lora_path": str(folder)}).is_success
         fleet.many(*["mail"] * 8, at_once=8)
         fleet.kill_ledger()
-        fleet.kill(next(iter(fleet.resident())))
-        wait_for(lambda: fleet.replicas() == 2)
-        wait_for(lambda: len(fleet.resident()) == 2)
-        fleet.many(*["mail"] * 16, at_once=16)
-        assert len(fleet.samples("ovms_lora_resident", adapter="mail")) == 2
-        assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "mail"}).status_code == 200
-        assert {fleet.complete("mail").status_code for _ in range(6)} == {404}
+        check_a_new_replica_has_mail_until_it_is_unloaded(fleet, admin)
 
 
 def test_a_replica_that_goes_ends_what_it_has_begun(fleet: Fleet) -> None:
