@@ -5,9 +5,11 @@ Knows the folder, the device and what is to be in the graph; runs nothing.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ from ovms_lora.adapters.adapter import BaseLinears, LinearShape
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.errors import ModelFolderError, NoMemoryError
 from ovms_lora.engine.device import device_error, openvino_core
-from ovms_lora.engine.linears import find_linears, group_linears
-from ovms_lora.engine.lora_graph import LoraForm, insert_lora
+from ovms_lora.engine.kept_graph import KeptGraph
+from ovms_lora.engine.linears import LinearGroup, find_linears, group_linears
+from ovms_lora.engine.lora_graph import LoraForm, LoraLayout, insert_lora
 from ovms_lora.engine.lora_states import LoraStates
 from ovms_lora.engine.memory import available_memory
-from ovms_lora.engine.paged_graph import IR_NAME, head_of, read_paged_model
+from ovms_lora.engine.paged_graph import find_ir, head_of, read_paged_model
 
 _PLAIN_SHARE = 1 / 8  # of the memory that is free: up to there weights may be held twice
 
@@ -54,16 +57,31 @@ class GraphSource:
     """A model folder's IR, read once for its shape and compiled as often as another LoRA part is wanted."""
 
     def __init__(self, folder: Path, options: EngineOptions) -> None:
-        """Read the IR. Raises ModelFolderError when it cannot be served."""
+        """Name what is to be compiled. Raises ModelFolderError when there is no IR."""
         self._core = openvino_core()
         self._folder, self._options = folder, options
-        model = read_paged_model(self._core, folder)
-        self._read = deque([model])  # for the first graph; the next ones read it anew
-        linears = find_linears(model)
-        head = head_of(model).get_friendly_name()
-        self._head = next((linear.path for linear in linears if linear.node.get_friendly_name() == head), "")
-        shapes = {linear.path: LinearShape(linear.out_features, linear.in_features) for linear in linears}
-        self.linears = BaseLinears(shapes, self._head or None)
+        self._properties = dict(options.plugin_config)
+        self._kept: KeptGraph | None = None
+        # OpenVINO's own way to keep compiled models fails with paged attention on this device.
+        if options.device == "CPU" and (cache := self._properties.pop("CACHE_DIR", None)):
+            self._kept = KeptGraph.of(self._core, find_ir(folder), self._properties, Path(cache))
+        self._reading = threading.Lock()
+        self._read: deque[ov.Model] = deque()  # one for the first graph; the next ones read it anew
+        self._linears: BaseLinears | None = None
+
+    @property
+    def linears(self) -> BaseLinears:
+        """The linears that adapters may target. Reads the IR when first asked; raises ModelFolderError."""
+        with self._reading:
+            if self._linears is None:
+                model = read_paged_model(self._core, self._folder)
+                linears = find_linears(model)
+                head = head_of(model).get_friendly_name()
+                path = next((linear.path for linear in linears if linear.node.get_friendly_name() == head), None)
+                shapes = {linear.path: LinearShape(linear.out_features, linear.in_features) for linear in linears}
+                self._linears = BaseLinears(shapes, path)
+                self._read.append(model)
+            return self._linears
 
     @property
     def inference_dtype(self) -> str:
@@ -79,35 +97,57 @@ class GraphSource:
 
         It saves the walk over idle nodes, and takes the memory of the weights once more.
         """
-        weights = (self._folder / IR_NAME).with_suffix(".bin").stat().st_size
+        weights = find_ir(self._folder).with_suffix(".bin").stat().st_size
         return weights <= _PLAIN_SHARE * available_memory()
+
+    def prepare(self) -> Callable[[], CompiledGraph]:
+        """Do what a graph without adapters takes of the interpreter; return what compiles it, as `compile` does.
+
+        Raises ModelFolderError.
+        """
+        if self._kept and self._kept.is_there:
+            return self._compile_kept
+        model, _ = self._grouped()
+        return partial(self._compile_plain, model)
 
     def compile(self, lora: LoraTargets | None = None) -> CompiledGraph:
         """Compile the graph; takes seconds, from any thread. Raises ModelFolderError when the device refuses it."""
+        if lora is None or not lora.paths:
+            return self.prepare()()
+        model, groups = self._grouped()
+        form = LoraForm(lora.width, lora.dtype, sums=lora.sums, zero_row=self._needs_zero_row)
+        layout = insert_lora(model, groups, lora.paths, form, head=self.linears.output_head or "")
+        model.validate_nodes_and_infer_types()
+        return _ready(self._on_device(lambda: self._compiled(model)), layout)
+
+    def _compile_kept(self) -> CompiledGraph:
+        compiled = self._kept.load() if self._kept else None
+        return _ready(compiled) if compiled else self.compile()
+
+    def _compile_plain(self, model: ov.Model) -> CompiledGraph:
+        return _ready(self._on_device(lambda: self._kept.compile(model) if self._kept else self._compiled(model)))
+
+    def _grouped(self) -> tuple[ov.Model, list[LinearGroup]]:
         try:
             model = self._read.pop()
         except IndexError:
             model = read_paged_model(self._core, self._folder)
         groups = group_linears(find_linears(model))
-        layout = None
-        if lora and lora.paths:
-            form = LoraForm(lora.width, lora.dtype, sums=lora.sums, zero_row=self._needs_zero_row)
-            layout = insert_lora(model, groups, lora.paths, form, head=self._head)
         model.validate_nodes_and_infer_types()
-        compiled = self._compiled(model)
-        request = compiled.create_infer_request()
-        vocab_size = compiled.output("logits").partial_shape[-1].get_length()
-        return CompiledGraph(request, LoraStates(request, layout) if layout else None, vocab_size)
+        return model, groups
 
     def _compiled(self, model: ov.Model) -> ov.CompiledModel:
-        device = self._options.device
+        return self._core.compile_model(model, self._options.device, self._properties)
+
+    def _on_device(self, compile_graph: Callable[[], ov.CompiledModel]) -> ov.CompiledModel:
         try:
-            return self._core.compile_model(model, device, dict(self._options.plugin_config))
+            return compile_graph()
         except (RuntimeError, MemoryError) as error:
             failure = device_error(error, "a graph")
             if isinstance(failure, NoMemoryError):
                 raise failure from error
-            message = f"{self._folder} does not compile for {device}: {str(error).strip().splitlines()[-1]}"
+            reason = str(error).strip().splitlines()[-1]
+            message = f"{self._folder} does not compile for {self._options.device}: {reason}"
             raise ModelFolderError(message, hint="check device and plugin_config") from error
 
     @cached_property
@@ -117,6 +157,12 @@ class GraphSource:
             return True
         data, index = ops.parameter([-1, 64], np.float32), ops.parameter([-1], np.int32)
         model = ov.Model([ops.result(ops.gather(data, index, ops.constant(np.int64(0))))], [data, index])
-        request = self._compiled(model).create_infer_request()
+        request = self._on_device(lambda: self._compiled(model)).create_infer_request()
         found = request.infer([np.ones((2, 64), np.float32), np.array([2, 7], np.int32)])
         return bool(np.any(found[0]))
+
+
+def _ready(compiled: ov.CompiledModel, layout: LoraLayout | None = None) -> CompiledGraph:
+    request = compiled.create_infer_request()
+    vocab_size = compiled.output("logits").partial_shape[-1].get_length()
+    return CompiledGraph(request, LoraStates(request, layout) if layout else None, vocab_size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,12 +101,14 @@ def load_model(
     overrides: Mapping[str, Any] | None = None,
     lora: LoraConfig | None = None,
     max_waiting: int = 256,
+    on_compile: Callable[[], None] = lambda: None,
 ) -> LoadedModel:
     """Load a model folder and start its engine; takes seconds.
 
     `graph_path` is relative to the folder; `device` and `plugin_config` are laid over what the graph says, `overrides`
     replace other EngineOptions of it; `max_waiting` requests may wait. With `lora` the model takes runtime adapters;
-    those that cannot be loaded are left out and stand in `LoraRuntime.failures`. Raises ModelFolderError when the
+    those that cannot be loaded are left out and stand in `LoraRuntime.failures`. `on_compile` is called when the device
+    begins to compile, which leaves the interpreter to others. Raises ModelFolderError when the
     folder cannot be served.
     """
     folder, options = read_options(folder, graph_path)
@@ -117,9 +119,11 @@ def load_model(
     defaults = read_generation_defaults(folder, options.generation_config_path)
     max_model_len = read_max_model_len(folder)
     graphs = GraphSource(folder, options)
+    plain_graph = graphs.prepare() if lora is None or graphs.affords_plain else None
+    on_compile()
     # Compiling is the work of one thread for seconds: everything else is done beside it.
     with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
-        compiling = pool.submit(graphs.compile) if lora is None or graphs.affords_plain else None
+        compiling = pool.submit(plain_graph) if plain_graph else None
         reading = pool.submit(_Text.read, folder, defaults)
         runtime = LoraRuntime(graphs, lora) if lora else None
         text = reading.result()

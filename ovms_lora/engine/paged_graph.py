@@ -31,14 +31,20 @@ IR_NAME = "openvino_model.xml"
 _ELEMENTWISE = frozenset({"Convert", "Multiply", "Divide", "Tanh", "Add", "Subtract", "Reshape", "Result"})
 
 
+def find_ir(folder: Path) -> Path:
+    """Return the path of a folder's IR. Raises ModelFolderError when there is none."""
+    path = folder / IR_NAME
+    if not path.is_file():
+        raise ModelFolderError(f"{folder} holds no {IR_NAME}", hint="export one with export_model.py text_generation")
+    return path
+
+
 def read_paged_model(core: ov.Core, folder: Path) -> ov.Model:
     """Read the IR of a folder and turn it into the graph described above.
 
     Raises ModelFolderError when there is no IR, or when it is not a causal language model with a KV cache.
     """
-    path = folder / IR_NAME
-    if not path.is_file():
-        raise ModelFolderError(f"{folder} holds no {IR_NAME}", hint="export one with export_model.py text_generation")
+    path = find_ir(folder)
     try:
         model = core.read_model(path)
         paged_attention_transformation(model)

@@ -158,7 +158,7 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
     add("--target_device", type=_device, default="CPU", metavar="DEVICE", help="CPU, GPU, NPU, HETERO:…; default: CPU")
     add("--plugin_config", type=_json_object, default={}, metavar="JSON", help="OpenVINO properties")
     add("--kv_cache_precision", choices=("u8", "f16", "bf16", "f32"), help="default: the device's choice")
-    add("--ov_cache_dir", metavar="DIR", help="keep compiled models here, as far as the device can")
+    add("--ov_cache_dir", metavar="DIR", help="keep compiled graphs here, so that the next start is quicker")
 
 
 def _add_serving_flags(group: argparse._ArgumentGroup) -> None:

@@ -8,7 +8,8 @@ Compiling a graph takes most of a start and leaves the interpreter to others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,11 @@ class LoadModel(Protocol):
         overrides: Mapping[str, Any],
         lora: LoraConfig | None,
         max_waiting: int,
+        on_compile: Callable[[], None] = ...,
     ) -> LoadedModel:
         """Return the loaded model; adapters that cannot be loaded stand in its `lora.failures`.
 
-        Raises ModelFolderError.
+        `on_compile` is called when the device begins to compile. Raises ModelFolderError.
         """
 
 
@@ -59,12 +61,19 @@ class EarlyLoad:
             self._begun.stop()
 
     def begin(self, spec: ModelSpec, *, max_waiting: int) -> None:
-        """Load a model in a thread of its own; who asks for it gets it, or what it raised."""
-        deliver = _LateDeliver()
+        """Load a model in a thread of its own; who asks for it gets it, or what it raised.
+
+        Returns when the device compiles: up to there two threads of Python would hinder each other.
+        """
+        deliver, compiles = _LateDeliver(), threading.Event()
         pool = ThreadPoolExecutor(1, thread_name_prefix="early-load")
-        model = pool.submit(self._load, **spec.load_arguments, deliver=deliver, max_waiting=max_waiting)
+        model = pool.submit(
+            self._load, **spec.load_arguments, deliver=deliver, max_waiting=max_waiting, on_compile=compiles.set
+        )
         pool.shutdown(wait=False)
         self._begun = _Begun({**spec.load_arguments, "max_waiting": max_waiting}, deliver, model)
+        model.add_done_callback(lambda _: compiles.set())  # also when it fails before
+        compiles.wait()
 
     def __call__(self, folder: Path, *, deliver: Deliver, **what: Any) -> LoadedModel:
         """Return the model that was begun if it is the one that is asked for; else load it.

@@ -82,7 +82,9 @@ class FakeModels:
         overrides: Mapping[str, Any],
         lora: LoraConfig | None,
         max_waiting: int,
+        on_compile: Callable[[], None] = lambda: None,
     ) -> LoadedModel:
+        on_compile()
         if "broken" in folder.name:
             raise ModelFolderError(f"{folder.name} is not a model", hint="export it again")
         tokenizer = byte_tokenizer()

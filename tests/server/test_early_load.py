@@ -22,19 +22,28 @@ from ovms_lora.server.model_source import ModelSpec, ReadAlready
 class Loads:
     """Notes what is loaded; each model is its number and can be stopped."""
 
-    def __init__(self, failure: Exception | None = None) -> None:
+    def __init__(self, failure: Exception | None = None, ended: threading.Event | None = None) -> None:
+        self.ended = ended  # a load ends no sooner
         self.folders: list[Path] = []
         self.delivers: list[Deliver] = []
         self.stopped: list[int] = []
         self.threads: list[int] = []
+        self.compiling = False
         self.failure = failure
 
-    def __call__(self, folder: Path, *, deliver: Deliver, **what: Any) -> LoadedModel:
+    def __call__(
+        self, folder: Path, *, deliver: Deliver, on_compile: Callable[[], None] = lambda: None, **what: Any
+    ) -> LoadedModel:
         self.folders.append(folder)
         self.delivers.append(deliver)
         self.threads.append(threading.get_ident())
         if self.failure:
             raise self.failure
+        if self.ended:
+            time.sleep(0.05)  # for who does not wait
+            self.compiling = True
+            on_compile()
+            assert self.ended.wait(10)
         return cast(LoadedModel, Model(len(self.folders), self.stopped))
 
 
@@ -75,6 +84,16 @@ def test_the_model_that_was_begun_is_loaded_once_and_elsewhere() -> None:
     assert loads.threads != [threading.get_ident()]
     loads.delivers[0]([])
     assert heard == [[]]
+
+
+def test_others_go_on_when_the_device_compiles() -> None:
+    loads = Loads(ended=threading.Event())
+    early = EarlyLoad(loads)
+    early.begin(spec("a"), max_waiting=4)
+    assert loads.compiling
+    assert loads.ended
+    loads.ended.set()
+    assert ask(early, spec("a"), ignore).number == 1
 
 
 def test_another_model_is_loaded_and_the_one_that_was_begun_stopped() -> None:
