@@ -22,14 +22,13 @@ PROMPT_TOKENS = 16
 VOCABULARY = 250  # the smallest of the models has 300 tokens
 _FEW = 8
 _MIXES = (2, 4, 8, 16, 32)
-_SHORT_MIXES = (8, 32)
 
 Case = Callable[[int], Run]
 
 
 def measure(model: Path, plan: Plan) -> list[Row]:
     """Measure all cases of each batch size."""
-    mixes = _MIXES if plan.long else _SHORT_MIXES
+    mixes = _MIXES if plan.long else (_FEW,)
     adapters = write_adapters(plan.folder, base_linears(model), max(mixes))
     rows: list[Row] = []
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.part import Row
 from bench.results import Result
@@ -20,34 +20,38 @@ _BOUND_TITLES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Number:
+    """What was measured, and in how many rounds where it was compared in rounds."""
+
+    value: float
+    rounds: int | None
+
+
 class Results:
     """What was measured, asked for by part and model."""
 
     def __init__(self, results: Sequence[Result]) -> None:
         self._by_name = {(result.part, result.model): result for result in results}
 
-    def number(self, part: str, model: str, column: str, **wanted: str | float) -> float | None:
+    def number(self, part: str, model: str, column: str, **wanted: str | float) -> Number | None:
         """Return a number of the one row with these values, None where it was not measured."""
         result = self._by_name.get((part, model))
         rows: Sequence[Row] = result.where(**wanted) if result else ()
         if not rows:
             return None
         assert len(rows) == 1, f"{part}: {len(rows)} rows with {wanted}"
-        return float(rows[0][column])
+        rounds = rows[0].get("rounds")
+        return Number(float(rows[0][column]), None if rounds is None else int(rounds))
 
-    def against(self, other: str, case: str, batch: int) -> float | None:
+    def against(self, other: str, case: str, batch: int) -> Number | None:
         """Return our rate as a multiple of another engine's: ratios are taken within rounds."""
         theirs = self.number("side_by_side", SMOLLM2, "of_first", case=case, batch=batch, engine=other)
-        return 1 / theirs if theirs else None
+        return replace(theirs, value=1 / theirs.value) if theirs else None
 
-    def of_plain(self, case: str, batch: int, model: str) -> float | None:
+    def of_plain(self, case: str, batch: int, model: str) -> Number | None:
         """Return a case's rate as a share of the plain one's."""
         return self.number("batches", model, "of_first", case=case, batch=batch)
-
-    def quotient(self, part: str, model: str, column: str, above: Row, below: Row) -> float | None:
-        """Return the quotient of two rows' numbers."""
-        upper, lower = (self.number(part, model, column, **row) for row in (above, below))
-        return upper / lower if upper is not None and lower else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Target:
 
     work: str
     aim: float
-    find: Callable[[Results], float | None]
+    find: Callable[[Results], Number | None]
     most: bool = False
     unit: str = ""
 
@@ -65,9 +69,11 @@ class Target:
         found = self.find(results)
         aim = f"{'≤' if self.most else '≥'} {self.aim:g}{self.unit}"
         if found is None:
-            return f"| {self.work} | {aim} | not measured | |"
-        met = found <= self.aim if self.most else found >= self.aim
-        return f"| {self.work} | {aim} | {found:.3g}{self.unit} | {'yes' if met else 'no'} |"
+            return f"| {self.work} | {aim} | not measured | | |"
+        met = found.value <= self.aim if self.most else found.value >= self.aim
+        return (
+            f"| {self.work} | {aim} | {found.value:.3g}{self.unit} | {found.rounds or ''} | {'yes' if met else 'no'} |"
+        )
 
 
 def _against(other: str, case: str, batch: int, aim: float) -> Target:
@@ -79,20 +85,20 @@ def _of_plain(case: str, batch: int, model: str, aim: float) -> Target:
     return Target(f"{case} / plain, {model}, batch {batch}", aim, lambda found: found.of_plain(case, batch, model))
 
 
-def _prefill(results: Results) -> float | None:
+def _prefill(results: Results) -> Number | None:
     return results.number("prefill", LLAMA_1B, "of_first", case="one adapter")
 
 
-def _python(results: Results) -> float | None:
+def _python(results: Results) -> Number | None:
     share = results.number("step_time", SMOLLM2, "python_share", case="plain", batch=16)
-    return None if share is None else share * 100
+    return replace(share, value=share.value * 100) if share else None
 
 
-def _zipf(results: Results) -> float | None:
+def _zipf(results: Results) -> Number | None:
     return results.number("scaling", SMOLLM2, "of_first", axis="registered", value=512)
 
 
-def _start(case: str) -> Callable[[Results], float | None]:
+def _start(case: str) -> Callable[[Results], Number | None]:
     return lambda results: results.number("startup", SMOLLM2, "seconds", case=case)
 
 
@@ -122,10 +128,12 @@ TARGETS = (
 def report(results: Sequence[Result]) -> str:
     """Return the table, then how close decode steps are to what memory and processor allow; within 10 % is met.
 
-    Beside it stands how long the model's linears take alone, which is what OpenVINO's kernels allow.
+    Beside it stands how long the model's linears take alone, which is what OpenVINO's kernels allow. A median of fewer
+    than five rounds is an indication.
     """
     found = Results(results)
-    lines = ["| work | target | measured | met |", "|---|---|---|---|", *(target.line(found) for target in TARGETS)]
+    titles = ["| work | target | measured | rounds | met |", "|---|---|---|---|---|"]
+    lines = [*titles, *(target.line(found) for target in TARGETS)]
     roofline = [(result.model, row) for result in results if result.part == "roofline" for row in result.rows]
     bounds = [_bound(model, row) for model, row in roofline if "linears_ms" in row]  # older results have none
     if bounds:

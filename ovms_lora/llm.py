@@ -192,18 +192,20 @@ class LLM:
         return Ask(request, prompt.text, lora)
 
     def _load(self, requests: Sequence[LoRARequest | None]) -> None:
+        adapters = self._adapters  # close() takes them away, in whatever thread
         for request in dict.fromkeys(requests):
             if request is not None:
-                if self._adapters is None:
+                if adapters is None:
                     raise ArgumentError(
                         f"Got lora_request {request} but LoRA is not enabled!", hint="LLM(…, enable_lora=True)"
                     )
-                self._adapters.load(request)
+                adapters.load(request)
 
     def _uses(self, request: LoRARequest) -> tuple[AdapterUse, ...]:
-        if self._adapters is None:
+        adapters = self._adapters
+        if adapters is None:
             raise UnavailableError("this LLM is closed")
-        return self._adapters.uses(request)
+        return adapters.uses(request)
 
 
 def _for_each(value: Any, kind: type[T] | tuple[type[T], ...], count: int, name: str) -> list[T]:

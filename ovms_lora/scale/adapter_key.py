@@ -10,13 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ovms_lora.core.errors import MalformedBodyError
-from ovms_lora.core.names import split_model
+from ovms_lora.core.names import is_alias, split_model
 from ovms_lora.scale.holdings import key_of
 from ovms_lora.server.body import parse_object
 
 _PATHS = re.compile(r"/v[13]/(chat/completions|completions|tokenize)|/v1/unload_lora_adapter")
-# Other names are no adapter's, and need not be remembered.
-_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MOST = 16
 
 
@@ -32,7 +30,8 @@ def adapter_key(method: str, path: str, body: bytes) -> str:
     except MalformedBodyError:
         return ""
     aliases = list(_named(document))
-    return key_of(aliases) if len(aliases) <= _MOST and all(map(_ALIAS.fullmatch, aliases)) else ""
+    # Other names are no adapter's, and need not be remembered.
+    return key_of(aliases) if len(aliases) <= _MOST and all(map(is_alias, aliases)) else ""
 
 
 def _named(document: Mapping[str, Any]) -> Iterator[str]:

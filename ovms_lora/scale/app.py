@@ -23,6 +23,8 @@ from ovms_lora.scale.replica import EngineReplica
 _ROUTER = "ovms_lora.scale.router:AdapterRouter"
 _STATS_SECONDS = 1.0
 _HEALTH_SECONDS = 2.0
+# A replica that does not even say whether it is healthy hangs; after three times Serve replaces it.
+_HUNG_SECONDS = 10.0
 # How often a replica that stops looks whether it has answered everything.
 _DRAINED_SECONDS = 0.2
 # Requests are logged by us, with their ids.
@@ -61,6 +63,7 @@ def _engines(config: ScaleConfig) -> Deployment:
         max_queued_requests=limits.waiting_requests,
         ray_actor_options={"num_cpus": config.num_cpus},
         health_check_period_s=_HEALTH_SECONDS,
+        health_check_timeout_s=_HUNG_SECONDS,
         graceful_shutdown_timeout_s=limits.drain_seconds,
         request_router_config={
             "request_router_class": _ROUTER,

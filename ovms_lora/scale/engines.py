@@ -80,7 +80,7 @@ class Engines:
         parts = [answer for answer in answers if not isinstance(answer, BaseException)]
         if not parts:
             raise UnavailableError("no replica tells its metrics now")
-        return merged(parts)
+        return await asyncio.to_thread(merged, parts)
 
     async def _ask(self, request: Forwarded, key: str) -> AsyncGenerator[Message]:
         """Yield what one replica answers. Raises RayActorError when it is gone."""

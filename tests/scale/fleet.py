@@ -158,6 +158,11 @@ class Fleet:
         states = serve.status().applications[APPLICATION].deployments[ENGINE].replica_states
         return states.get(ReplicaState.RUNNING, 0)
 
+    def processes(self) -> set[int]:
+        """Return the ids of the engine replicas' processes."""
+        title = f"ray::ServeReplica:{APPLICATION}:{ENGINE}".encode()
+        return {int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _titled(path, title)}
+
     def kill(self, replica: str) -> None:
         """Kill a replica's process."""
         _kill(f"SERVE_REPLICA::{APPLICATION}#{ENGINE}#{replica}")
@@ -166,6 +171,13 @@ class Fleet:
         """Kill the ledger's process; Serve starts another one."""
         names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
         _kill(next(name for name in names if f"#{LEDGER}#" in name))
+
+
+def _titled(path: Path, title: bytes) -> bool:
+    try:
+        return path.read_bytes().startswith(title)
+    except OSError:  # it has just ended
+        return False
 
 
 def _kill(actor: str) -> None:

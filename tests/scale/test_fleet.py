@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import signal
 import threading
 import time
 from collections import Counter
@@ -187,6 +189,21 @@ def test_a_replica_that_goes_ends_what_it_has_begun(fleet: Fleet) -> None:
     wait_for(lambda: fleet.replicas() == 1)
     fleet.deploy()
     wait_for(lambda: len(fleet.resident()) == 2)
+
+
+def test_a_replica_that_hangs_is_replaced_while_the_other_one_answers(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ovms_lora.scale.app._HUNG_SECONDS", 1.0)
+    fleet.deploy()
+    victim = min(fleet.processes())
+    os.kill(victim, signal.SIGSTOP)
+    codes = Counter(fleet.complete().status_code for _ in range(6))
+    assert codes[200] + codes[503] == 6, codes
+    wait_for(lambda: len(fleet.processes() - {victim}) == 2)
+    wait_for(lambda: len(fleet.resident()) == 2)
+    fleet.many(*[BASE, SQL] * 4, at_once=8)
+    wait_for(lambda: victim not in fleet.processes())
 
 
 def test_replicas_come_and_go_with_the_load(fleet: Fleet) -> None:
