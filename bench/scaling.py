@@ -1,6 +1,6 @@
 """How cost grows: with registered adapters, with the length of the prompt, and with the rank.
 
-registered     16 rows at a time of a long queue, adapters by Zipf, at most 8 resident
+registered     16 rows at a time of a long queue of short answers, adapters by Zipf, at most 8 resident
 prompt         one row: time to the first token, and the pace behind it
 rank           16 rows, one of 8 adapters each
 """
@@ -22,6 +22,10 @@ from bench.workload import Run, Server, base_linears, prompts, write_adapters
 _RESIDENT = 8
 _BATCH = 16
 _ZIPF_RANK = 8  # of hundreds of adapters that lie on the disk
+_ZIPF_TOKENS = 16
+# As many as may wait. Of fewer the last ones, for adapters that nobody else uses, would weigh too much: no more than 8
+# of them run together.
+_QUEUE, _SHORT_QUEUE = 16 * _BATCH, 3 * _BATCH
 _LENGTHS, _SHORT_LENGTHS = (32, 128, 512, 1024, 2048, 4096), (32, 256)
 _RANKS, _SHORT_RANKS = (4, 8, 16, 32, 64, 128), (8, 64)
 
@@ -51,12 +55,12 @@ def by_registered(model: Path, plan: Plan) -> list[Row]:
 
 
 def _queue(server: Server, count: int, plan: Plan) -> Callable[[int], float]:
-    requests = _BATCH * (8 if plan.long else 3)
+    requests = _QUEUE if plan.long else _SHORT_QUEUE
 
     def run(number: int) -> float:
         names = [f"a{index}" for index in zipf(requests, count, seed=number)]
         asked = prompts(requests, PROMPT_TOKENS, vocabulary=VOCABULARY, seed=number)
-        return server.run(asked, [server.use(name) for name in names], max_tokens=plan.tokens).rate
+        return server.run(asked, [server.use(name) for name in names], max_tokens=_ZIPF_TOKENS).rate
 
     return run
 

@@ -5,6 +5,7 @@ Knows the layout and the tensors; which adapter gets which tiles is `residency`'
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -23,6 +24,20 @@ def host_dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(np.float32) if dtype == "f32" else np.dtype(ml_dtypes.bfloat16)
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The tensors of one group as arrays: A [linears, S, in, width] and B [chunks, S, width, c], and whose is which.
+
+    `linears` has the path, the place in A and the chunks in B of each.
+    """
+
+    names: tuple[str, str]
+    tensors: tuple[ov.Tensor, ov.Tensor]
+    a: npt.NDArray[Any]
+    b: npt.NDArray[Any]
+    linears: tuple[tuple[str, int, slice], ...]
+
+
 class LoraStates:
     """The states of one infer request. Only the tiles that are written change."""
 
@@ -34,6 +49,7 @@ class LoraStates:
         self._states = {state.name: state for state in request.query_state()}
         # A device in the process's own memory gives its tensor, others a copy that has to be set again.
         self._copies = False
+        self._opened: list[_Opened] = []  # what shares memory with the device, once it is wanted
         request.set_tensor(EMPTY, ov.Tensor(np.zeros((0, 1, 1), np.float32)))
         self.resize(0)
 
@@ -44,6 +60,7 @@ class LoraStates:
 
     def resize(self, count: int) -> None:
         """Have this many tiles: those that stay keep their content, new ones are zero."""
+        self._opened = []
         for group in self.layout.groups:
             for name, parts, rows, columns in self._shapes(group):
                 new = self._tensor([parts * count, rows, columns])
@@ -66,29 +83,43 @@ class LoraStates:
 
         Where the adapter has a smaller rank, or nothing, the tiles become zero: what stood there must not come back.
         """
-        for group in self.layout.groups:
-            (a_name, *a_shape), (b_name, *b_shape) = self._shapes(group)
-            a_tensor, b_tensor = self._states[a_name].state, self._states[b_name].state
-            a, b = self._tiles(a_tensor, a_shape), self._tiles(b_tensor, b_shape)
-            for index, path in enumerate(group.paths):
-                chunks = [chunk for chunk, owner in enumerate(group.owners) if owner == index]
-                self._write_pair(a[index], b[chunks[0] : chunks[-1] + 1], tiles, adapter.layers.get(path))
+        for group in self._open():
+            pairs = [(adapter.layers.get(path), place, chunks) for path, place, chunks in group.linears]
+            if any(pair is None or pair.rank < len(tiles) * self.width for pair, _, _ in pairs):
+                for tile in tiles:
+                    group.a[:, tile] = 0
+                    group.b[:, tile] = 0
+            for pair, place, chunks in pairs:
+                if pair:
+                    self._write_pair(group.a[place], group.b[chunks], tiles, pair)
             if self._copies:
-                self._states[a_name].state, self._states[b_name].state = a_tensor, b_tensor
+                for name, tensor in zip(group.names, group.tensors, strict=True):
+                    self._states[name].state = tensor
 
-    def _write_pair(self, a: npt.NDArray[Any], b: npt.NDArray[Any], tiles: TileIndices, pair: LoraPair | None) -> None:
+    def _write_pair(self, a: npt.NDArray[Any], b: npt.NDArray[Any], tiles: TileIndices, pair: LoraPair) -> None:
         """Write one linear: a [S, in, width], b [its chunks, S, width, c]."""
-        width = self.width
-        for number, tile in enumerate(tiles):
-            begin = number * width
-            rank = min(max(pair.rank - begin, 0), width) if pair else 0
-            if pair and rank:
-                a[tile, :, :rank] = pair.a[begin : begin + rank].T
-                rows = pair.b[:, begin : begin + rank].T.astype(np.float32, copy=False)
-                chunks = rows.reshape(rank, len(b), -1).transpose(1, 0, 2)
-                np.multiply(chunks, np.float32(pair.scaling), out=b[:, tile, :rank], casting="unsafe")
-            a[tile, :, rank:] = 0
-            b[:, tile, rank:] = 0
+        for tile, begin in zip(tiles, range(0, pair.rank, self.width), strict=False):
+            rank = min(pair.rank - begin, self.width)
+            a[tile, :, :rank] = pair.a[begin : begin + rank].T
+            rows = pair.b[:, begin : begin + rank].T.astype(np.float32, copy=False)
+            chunks = rows.reshape(rank, len(b), -1).transpose(1, 0, 2)
+            np.multiply(chunks, np.float32(pair.scaling), out=b[:, tile, :rank], casting="unsafe")
+
+    def _open(self) -> list[_Opened]:
+        # Asking the device for its tensors takes as long as writing an adapter of a small model.
+        opened = self._opened or [self._open_group(group) for group in self.layout.groups]
+        self._opened = [] if self._copies else opened
+        return opened
+
+    def _open_group(self, group: LoraSlotGroup) -> _Opened:
+        (a_name, *a_shape), (b_name, *b_shape) = self._shapes(group)
+        a, b = self._states[a_name].state, self._states[b_name].state
+        ends = np.cumsum([group.owners.count(place) for place in range(len(group.paths))]).tolist()
+        linears = tuple(
+            (path, place, slice(begin, end))
+            for place, (path, begin, end) in enumerate(zip(group.paths, [0, *ends], ends, strict=False))
+        )
+        return _Opened((a_name, b_name), (a, b), self._tiles(a, a_shape), self._tiles(b, b_shape), linears)
 
     def _shapes(self, group: LoraSlotGroup) -> list[tuple[str, int, int, int]]:
         """Return name, number of parts, and shape of one tile of A and B."""

@@ -11,9 +11,10 @@ import numpy as np
 import openvino as ov
 import pytest
 
+from ovms_lora.engine.lora_rows import SequenceTiles
 from ovms_lora.engine.lora_states import LoraStates
 from tests.engine.lora_models import LINEARS, Ask, Bases, drift, log_probabilities, prompt, serving
-from tests.engine.toy_graph import SHAPES, Toy, adapter, state, toy
+from tests.engine.toy_graph import SHAPES, Toy, adapter, assert_close, expected, state, toy
 
 
 @pytest.fixture(params=["f32", "bf16"])
@@ -77,6 +78,16 @@ def test_nothing_is_left_of_who_stood_there_before(made: Toy) -> None:
     fresh = toy(dtype=made.layout.form.dtype)
     fresh.states.write(tiles, some)
     assert same(content(made), content(fresh))
+
+
+def test_what_is_written_between_two_runs_counts_in_the_next(made: Toy) -> None:
+    x = np.random.default_rng(3).normal(size=(2, 4)).astype(np.float32)
+    for seed in range(4):
+        some = adapter(dict.fromkeys(SHAPES, 2), seed=seed, scaling=0.5)
+        tile = seed % 2
+        made.states.write(np.array([tile]), some)
+        found = made.run(x, {0: SequenceTiles(np.array([tile]), np.ones(1, np.float32))})
+        assert_close(found, expected(x, [[(some, 1.0)], []]), made.layout.form.dtype)
 
 
 def test_a_change_of_size_keeps_what_stays(made: Toy) -> None:
