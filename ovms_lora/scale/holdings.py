@@ -2,15 +2,18 @@
 
     reported    by the replica itself, a moment ago
     believed    a request for the adapter was sent there lately: it is there, or is being brought in
+    ongoing     it has taken the request
+    intended    the request is about to be sent there
 
 A belief bridges the time until a report can know of it, so that requests for a cold adapter that come together do not
-bring it in everywhere. Knows no Ray; what is preferred is `routing_policy`'s business.
+bring it in everywhere; an intention that until the replica has answered, so that requests that come together do not
+all see the same load. Knows no Ray; what is preferred is `routing_policy`'s business.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 from ovms_lora.scale.routing_policy import ReplicaState
 
 BELIEF_SECONDS = 5.0
+INTENTION_SECONDS = 2.0  # of a request that was never sent nobody says that it has ended
 _MAX_BELIEFS = 1024
 
 
@@ -68,6 +72,9 @@ class Holdings:
         self._target = target
         self._clock = clock
         self._known: dict[str, _Known] = {}
+        self._intended: OrderedDict[str, tuple[str, float]] = (
+            OrderedDict()
+        )  # request: replica, until when; oldest first
 
     def report(self, replica: str, stats: Mapping[str, Any]) -> None:
         """Take a replica's own word; the same object as before is not read again."""
@@ -93,12 +100,19 @@ class Holdings:
         while len(beliefs) > _MAX_BELIEFS:
             beliefs.popitem(last=False)
 
+    def intend(self, replica: str, request: str) -> None:
+        """Count a request that is to be sent to a replica, until it begins or ends, but not for long."""
+        self._intended[request] = replica, self._clock() + INTENTION_SECONDS
+        self._intended.move_to_end(request)
+
     def begin(self, replica: str, request: str) -> None:
-        """Count a request that was sent to a replica."""
+        """Count a request that a replica has taken."""
+        self._intended.pop(request, None)
         self._of(replica).ongoing.add(request)
 
     def end(self, replica: str, request: str) -> None:
         """Count it no more; for one that was not counted it does nothing."""
+        self._intended.pop(request, None)
         if known := self._known.get(replica):
             known.ongoing.discard(request)
 
@@ -108,7 +122,12 @@ class Holdings:
         When none has room, all may have one share more: so the order still counts under overload, within bounds.
         """
         now, wanted = self._clock(), aliases_of(key)
-        loads = {name: max(len(self._of(name).ongoing), length) for name, length in queue_lengths.items()}
+        while self._intended and next(iter(self._intended.values()))[1] <= now:
+            self._intended.popitem(last=False)
+        intended = Counter(replica for replica, _ in self._intended.values())
+        loads = {
+            name: max(len(self._of(name).ongoing) + intended[name], length) for name, length in queue_lengths.items()
+        }
         room = self._target * (min(loads.values(), default=0) // self._target + 1)
         states = []
         for name, load in loads.items():

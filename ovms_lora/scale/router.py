@@ -26,7 +26,10 @@ class AdapterRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return ranks of at most two replicas, the best rank first; Serve takes the first that accepts."""
+        """Return ranks of one replica, the best one first; Serve takes the first that accepts.
+
+        Of a rank of several Serve would choose by lengths of queues that are behind when many requests come at once.
+        """
         # Begun anywhere: of equal replicas the first one is taken.
         begin = self._rng.randrange(len(candidate_replicas))
         turned = candidate_replicas[begin:] + candidate_replicas[:begin]
@@ -36,13 +39,16 @@ class AdapterRouter(RequestRouter):
         key = self._key(pending_request)
         lengths = {name: self._queue_length(replica.replica_id) for name, replica in replicas.items()}
         states = KnownReplicas(self._holdings.states(key, lengths))
-        ranks = [[replicas[state.replica_id] for state in rank] for rank in preferences(states, key or None, self._rng)]
-        if ranks and key:
+        ranks = preferences(states, key or None, self._rng)
+        chosen = list(dict.fromkeys(state.replica_id for rank in ranks for state in rank))
+        if chosen and key:
             # Before it is sent: requests that come in the meantime must not bring the adapter in elsewhere.
-            self._holdings.believe(ranks[0][0].replica_id.unique_id, key)
+            self._holdings.believe(chosen[0], key)
         if pending_request:
+            if chosen:
+                self._holdings.intend(chosen[0], pending_request.metadata.internal_request_id)
             pending_request.routing_context.should_backoff = True
-        return ranks
+        return [[replicas[name]] for name in chosen]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take the replicas that run now."""

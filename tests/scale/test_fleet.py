@@ -68,6 +68,14 @@ def test_requests_of_the_base_go_anywhere(fleet: Fleet) -> None:
     assert len(after) == 2
 
 
+def test_requests_that_come_together_are_shared_evenly(fleet: Fleet) -> None:
+    for _ in range(3):
+        before = fleet.samples("ovms_responses", name=BASE)
+        fleet.many(*[BASE] * 2 * TARGET, at_once=2 * TARGET, max_tokens=100)
+        after = fleet.samples("ovms_responses", name=BASE)
+        assert [after[replica] - before.get(replica, 0) for replica in after] == [TARGET, TARGET]
+
+
 def test_each_replica_holds_the_adapters_used_last(fleet: Fleet) -> None:
     fleet.many(*COLD, at_once=4)
     assert all(count <= MAX_LORAS for count in fleet.resident().values())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 
-from ovms_lora.scale.holdings import BELIEF_SECONDS, Holdings, Report, aliases_of, key_of
+from ovms_lora.scale.holdings import BELIEF_SECONDS, INTENTION_SECONDS, Holdings, Report, aliases_of, key_of
 from ovms_lora.scale.routing_policy import KnownReplicas, choose
 
 TARGET = 2
@@ -78,6 +79,40 @@ def test_requests_under_way_take_room() -> None:
     holdings.end("a", "1")
     holdings.end("gone", "1")
     assert chosen(holdings, "sql", {"a": 0, "b": 0}) == "a"
+
+
+def test_requests_about_to_be_sent_take_room_until_they_begin_end_or_are_forgotten() -> None:
+    clock = Clock()
+    holdings = Holdings(TARGET, clock)
+
+    def load() -> int:
+        return holdings.states("", {"a": 0})[0].ongoing
+
+    for request in "12":
+        holdings.intend("a", request)
+    assert load() == 2
+    holdings.begin("a", "1")
+    assert load() == 2
+    holdings.end("a", "1")
+    holdings.end("a", "2")  # it broke off before it was taken
+    assert load() == 0
+    holdings.intend("a", "3")
+    holdings.intend("b", "3")  # another try
+    assert load() == 0
+    holdings.intend("a", "4")
+    clock.now = INTENTION_SECONDS
+    assert load() == 0
+
+
+def test_requests_that_come_together_are_shared_evenly() -> None:
+    holdings = reporting(a=set(), b=set())
+    sent = Counter[str]()
+    for request in range(2 * TARGET):
+        replica = chosen(holdings, "", {"a": 0, "b": 0})
+        assert replica
+        holdings.intend(replica, str(request))
+        sent[replica] += 1
+    assert set(sent.values()) == {TARGET}
 
 
 def test_requests_of_other_routers_take_room_too() -> None:
