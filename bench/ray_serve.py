@@ -2,16 +2,19 @@
 
     python -m bench.ray_serve
 
-Each replica has one thread, as the servers that are asked directly. All are up at the same time and are asked in turn.
-Two replicas get twice the requests of one, so that each works on as many rows. Two servers without Ray are asked in the
-same way: what they do not reach together is the machine's doing. Answers are asked for as a whole and as streams, whose
-events cost the processes between client and engine something for each token.
+Each replica has one thread, as the servers that are asked directly. All are up at the same time and are asked in turn;
+who is not asked stands still, since an idle Ray takes a tenth of a processor. Two replicas get twice the requests of
+one, so that each works on as many rows. Two servers without Ray are asked in the same way: what they do not reach
+together is the machine's doing. Answers are asked for as a whole and as streams, whose events cost the processes
+between client and engine something for each token.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,7 +22,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from bench.models import smollm2
 from bench.results import write_results
@@ -28,9 +33,24 @@ from bench.workload import prompts
 _VOCABULARY = 1000
 _FIRST_TOKENS, _WARM = 60, 10
 _AT_ONCE, _TOKENS, _ROUNDS = 8, 32, 5  # requests of one replica
+_SETTLING_SECONDS = 1.0  # in which processes do what they have missed
 _ONE_THREAD = ("--plugin_config", '{"INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": false}')
 # Full with its requests, so that two of them share twice as many evenly.
 _RAY = ("--num_cpus", "1", "--target_ongoing_requests", str(_AT_ONCE))
+
+
+@dataclass(frozen=True, slots=True)
+class _Up:
+    """A server or a Ray that runs: its port, and its first process."""
+
+    port: int
+    pid: int
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to all of its processes."""
+        for pid in _tree(self.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def main() -> int:
@@ -39,11 +59,16 @@ def main() -> int:
         direct, other = (stack.enter_context(_up("serve", *_ONE_THREAD)) for _ in range(2))
         one = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "1"))
         two = stack.enter_context(_up("ray", *_RAY, "--num_replicas", "2"))
-        ports = {"server": [direct], "two_servers": [direct, other], "replica": [one], "two_replicas": [two, two]}
+        servers = {"server": [direct], "two_servers": [direct, other], "replica": [one], "two_replicas": [two, two]}
+        two.send(signal.SIGSTOP)
+        other.send(signal.SIGSTOP)
+        first_tokens = _first_tokens(direct.port, one.port)
+        for each in (direct, one):
+            each.send(signal.SIGSTOP)
         found = {
-            "first_token_ms": _first_tokens(direct, one),
-            "tokens_per_second": _rates(ports, stream=False),
-            "tokens_per_second_streamed": _rates(ports, stream=True),
+            "first_token_ms": first_tokens,
+            "tokens_per_second": _rates(servers, stream=False),
+            "tokens_per_second_streamed": _rates(servers, stream=True),
         }
     print(write_results("ray_serve", found))
     return 0
@@ -60,23 +85,30 @@ def _first_tokens(direct: int, one: int) -> dict[str, float]:
     return found
 
 
-def _rates(ports: dict[str, list[int]], *, stream: bool) -> dict[str, float]:
+def _rates(servers: dict[str, list[_Up]], *, stream: bool) -> dict[str, float]:
     """Return medians of tokens per second, and of what two reach of one in the same round."""
-    rounds = [{name: _rate(asked, stream=stream) for name, asked in ports.items()} for _ in range(_ROUNDS + 1)][1:]
-    found = {name: statistics.median(rates[name] for rates in rounds) for name in ports}
+    rounds = [{name: _rate(asked, stream=stream) for name, asked in servers.items()} for _ in range(_ROUNDS + 1)][1:]
+    found = {name: statistics.median(rates[name] for rates in rounds) for name in servers}
     found["ratio"] = statistics.median(rates["two_replicas"] / rates["replica"] for rates in rounds)
     found["ratio_of_servers"] = statistics.median(rates["two_servers"] / rates["server"] for rates in rounds)
     print(f"tokens per second, {'streamed' if stream else 'whole answers'}:", json.dumps(found), flush=True)
     return found
 
 
-def _rate(ports: list[int], *, stream: bool) -> float:
-    """Return the tokens per second of requests to all of the ports, as many to each."""
-    asked = prompts(_AT_ONCE * len(ports), 16, vocabulary=_VOCABULARY)
+def _rate(servers: list[_Up], *, stream: bool) -> float:
+    """Return the tokens per second of requests to all of the servers, as many to each; others stand still."""
+    asked = prompts(_AT_ONCE * len(servers), 16, vocabulary=_VOCABULARY)
+    ports = [server.port for server in servers] * _AT_ONCE
+    for server in servers:
+        server.send(signal.SIGCONT)
+    time.sleep(_SETTLING_SECONDS)
     begun = time.perf_counter()
     with ThreadPoolExecutor(len(asked)) as pool:
-        list(pool.map(lambda port, prompt: _ask(port, prompt, _TOKENS, stream=stream), ports * _AT_ONCE, asked))
-    return len(asked) * _TOKENS / (time.perf_counter() - begun)
+        list(pool.map(lambda port, prompt: _ask(port, prompt, _TOKENS, stream=stream), ports, asked))
+    seconds = time.perf_counter() - begun
+    for server in servers:
+        server.send(signal.SIGSTOP)
+    return len(asked) * _TOKENS / seconds
 
 
 def _ask(port: int, prompt: list[int], tokens: int, *, stream: bool) -> float:
@@ -103,8 +135,8 @@ def _ask(port: int, prompt: list[int], tokens: int, *, stream: bool) -> float:
 
 
 @contextmanager
-def _up(verb: str, *flags: str) -> Iterator[int]:
-    """Run a command of `ovms-lora` in a process of its own; yield its port."""
+def _up(verb: str, *flags: str) -> Iterator[_Up]:
+    """Run a command of `ovms-lora` in processes of its own."""
     command = [sys.executable, "-m", "ovms_lora.cli", verb, "--model_path", str(smollm2()), "--model_name", "m", *flags]
     process = subprocess.Popen([*command, "--rest_port", "0"], stderr=subprocess.PIPE, text=True)
     assert process.stderr, "piped"
@@ -113,10 +145,23 @@ def _up(verb: str, *flags: str) -> Iterator[int]:
         if ready is None:
             raise SystemExit(f"error: ovms-lora {verb} did not start")
         threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never waits for a reader
-        yield int(ready.split()[1].rsplit(":", 1)[1])
+        up = _Up(int(ready.split()[1].rsplit(":", 1)[1]), process.pid)
+        try:
+            yield up
+        finally:
+            up.send(signal.SIGCONT)
     finally:
         process.terminate()
         process.wait(60)
+
+
+def _tree(pid: int) -> list[int]:
+    """Return a process and all that it has started."""
+    children: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has just ended
+            children += map(int, task.read_text().split())
+    return [pid, *(each for child in children for each in _tree(child))]
 
 
 if __name__ == "__main__":

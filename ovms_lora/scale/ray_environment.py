@@ -18,8 +18,15 @@ _RAY_ENVIRONMENT = {
     # What may be large is bounded where requests are read; of 4 MiB, Serve's default, some answers have more.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
 }
-# Only for the processes of the cluster: whoever starts it has no event loop for a router.
-_CLUSTER_ENVIRONMENT = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+_CLUSTER_ENVIRONMENT = {
+    # Only for the processes of the cluster: whoever starts it has no event loop for a router.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Nobody can ask for Ray's own metrics, and collecting them takes from the replicas in every process.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    # Serve's default, ten looks a second at whether there is something to do, is a noticeable part of a small machine.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+}
 
 
 def prefer_ray_environment() -> None:
