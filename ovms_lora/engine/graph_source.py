@@ -125,7 +125,9 @@ class GraphSource:
         return _ready(compiled) if compiled else self.compile()
 
     def _compile_plain(self, model: ov.Model) -> CompiledGraph:
-        return _ready(self._on_device(lambda: self._kept.compile(model) if self._kept else self._compiled(model)))
+        # What is kept is held twice while it is written.
+        kept = self._kept if self.affords_plain else None
+        return _ready(self._on_device(lambda: kept.compile(model) if kept else self._compiled(model)))
 
     def _grouped(self) -> tuple[ov.Model, list[LinearGroup]]:
         try:

@@ -134,6 +134,14 @@ def test_where_nothing_can_be_kept_models_are_served_all_the_same(
     assert "the graph is not kept" in caplog.text
 
 
+def test_what_memory_does_not_hold_twice_is_not_kept(
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ovms_lora.engine.graph_source.available_memory", lambda: 1000)
+    source(llama.folder, tmp_path).compile()
+    assert kept_in(tmp_path) == []
+
+
 def test_what_cannot_be_written_leaves_nothing(
     llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -20,10 +20,10 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory, object_store_server: ObjectStore) -> Iterator[Fleet]:
     base = Bases(tmp_path_factory.mktemp("bases")).get("llama")
-    config = fleet_config(write_repository(base, tmp_path_factory.mktemp("repository")))
+    path = write_repository(base, tmp_path_factory.mktemp("repository"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with cluster(port, object_store_server.environment):
-        fleet = Fleet(f"http://127.0.0.1:{port}", config)
+        fleet = Fleet(f"http://127.0.0.1:{port}", path, fleet_config(path))
         fleet.deploy()
         yield fleet

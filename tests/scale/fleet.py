@@ -113,6 +113,7 @@ class Fleet:
     """A deployed application, asked over HTTP."""
 
     url: str
+    config_path: Path
     config: ScaleConfig
 
     def deploy(self, **changes: Any) -> None:

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from openai import OpenAI
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 from tests.scale.fleet import (
     ADMIN,
@@ -31,7 +34,8 @@ from tests.scale.fleet import (
 )
 
 LONG = 400
-EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_multi_lora.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "ray_multi_lora.py"
 
 
 def test_requests_stick_to_the_replica_that_holds_their_adapter(fleet: Fleet) -> None:
@@ -234,3 +238,18 @@ def test_replicas_come_and_go_with_the_load(fleet: Fleet) -> None:
             done.set()
     wait_for(lambda: fleet.replicas() == 1)
     assert fleet.complete().status_code == 200
+
+
+def test_the_file_for_serve_deploy_deploys_the_same_application(fleet: Fleet) -> None:
+    document = yaml.safe_load((ROOT / "config" / "ray.yaml").read_text())
+    (application,) = document["applications"]
+    application["args"] |= {"config_path": str(fleet.config_path), "num_cpus": 0.3}
+    controller = _get_global_client()
+    assert controller, "Serve runs"
+    controller.deploy_apps(ServeDeploySchema(**document), _blocking=True)
+    with fleet.client("another-key") as anybody:  # the file has no keys
+        wait_for(lambda: anybody.post("/v1/completions", json=request()).is_success)
+        assert anybody.post("/v1/completions", json=request(SQL)).json()["choices"][0]["text"]
+    fleet.deploy()
+    assert fleet.complete().is_success
+    wait_for(lambda: len(fleet.resident()) == 2)
