@@ -61,10 +61,9 @@ class GraphSource:
         self._core = openvino_core()
         self._folder, self._options = folder, options
         self._properties = dict(options.plugin_config)
-        self._kept: KeptGraph | None = None
         # OpenVINO's own way to keep compiled models fails with paged attention on this device.
-        if options.device == "CPU" and (cache := self._properties.pop("CACHE_DIR", None)):
-            self._kept = KeptGraph.of(self._core, find_ir(folder), self._properties, Path(cache))
+        cache = self._properties.pop("CACHE_DIR", None) if options.device == "CPU" else None
+        self._kept = self._kept_in(Path(str(cache))) if cache else None
         self._reading = threading.Lock()
         self._read: deque[ov.Model] = deque()  # one for the first graph; the next ones read it anew
         self._linears: BaseLinears | None = None
@@ -99,6 +98,12 @@ class GraphSource:
         """
         weights = find_ir(self._folder).with_suffix(".bin").stat().st_size
         return weights <= _PLAIN_SHARE * available_memory()
+
+    def _kept_in(self, cache: Path) -> KeptGraph:
+        try:
+            return KeptGraph.of(self._core, find_ir(self._folder), self._properties, cache)
+        except OSError as error:
+            raise ModelFolderError(f"cannot read {self._folder}: {error}", hint="export the model again") from error
 
     def prepare(self) -> Callable[[], CompiledGraph]:
         """Do what a graph without adapters takes of the interpreter; return what compiles it, as `compile` does.

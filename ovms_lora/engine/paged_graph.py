@@ -32,10 +32,12 @@ _ELEMENTWISE = frozenset({"Convert", "Multiply", "Divide", "Tanh", "Add", "Subtr
 
 
 def find_ir(folder: Path) -> Path:
-    """Return the path of a folder's IR. Raises ModelFolderError when there is none."""
+    """Return the path of a folder's IR, whose weights lie beside it. Raises ModelFolderError when one is missing."""
     path = folder / IR_NAME
-    if not path.is_file():
-        raise ModelFolderError(f"{folder} holds no {IR_NAME}", hint="export one with export_model.py text_generation")
+    for file in (path, path.with_suffix(".bin")):
+        if not file.is_file():
+            hint = "export one with export_model.py text_generation"
+            raise ModelFolderError(f"{folder} holds no {file.name}", hint=hint)
     return path
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from ovms_lora.core.config import EngineOptions
+from ovms_lora.core.errors import ModelFolderError
 from ovms_lora.core.request import GenerationRequest
 from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine import kept_graph
@@ -101,6 +102,22 @@ def test_another_ir_or_property_is_another_graph(llama: Base, tmp_path: Path) ->
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
     source(copy, cache).compile()
     assert len(kept_in(cache)) == 3
+
+
+@pytest.mark.parametrize("missing", ["openvino_model.xml", "openvino_model.bin"])
+@pytest.mark.parametrize("adapters", [None, {}])
+@pytest.mark.parametrize("kept", [{}, {"CACHE_DIR": "cache"}])
+def test_a_folder_without_its_model_is_refused(
+    llama: Base, tmp_path: Path, missing: str, adapters: dict[str, Path] | None, kept: dict[str, str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(llama.folder, folder)
+    (folder / missing).unlink()
+    with (
+        pytest.raises(ModelFolderError, match=f"holds no {missing}"),
+        serving(folder, adapters, plugin_config={**PRECISE, **kept}),
+    ):
+        pytest.fail("served")
 
 
 @pytest.mark.parametrize("name", ["graph.xml", "graph.bin", "heads.json"])
