@@ -3,7 +3,7 @@
     python -m bench.ray_serve
 
 Each replica has one thread, as the servers that are asked directly. All are up at the same time and are asked in turn;
-who is not asked stands still, since an idle Ray takes a tenth of a processor. Two replicas get twice the requests of
+who is not asked stands still, since an idle Ray takes a part of a processor. Two replicas get twice the requests of
 one, so that each works on as many rows. Two servers without Ray are asked in the same way: what they do not reach
 together is the machine's doing. Answers are asked for as a whole and as streams, whose events cost the processes
 between client and engine something for each token.

@@ -110,9 +110,8 @@ class KeptGraph:
                 _write(new / name, content)
             new.chmod(0o755)
             new.rename(self.folder)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)  # nothing is there any more once it is renamed
 
 
 def _attention(model: ov.Model) -> Iterator[ov.Node]:

@@ -72,9 +72,8 @@ class Holdings:
         self._target = target
         self._clock = clock
         self._known: dict[str, _Known] = {}
-        self._intended: OrderedDict[str, tuple[str, float]] = (
-            OrderedDict()
-        )  # request: replica, until when; oldest first
+        # request: replica, until when; oldest first
+        self._intended: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
     def report(self, replica: str, stats: Mapping[str, Any]) -> None:
         """Take a replica's own word; the same object as before is not read again."""
