@@ -1,6 +1,6 @@
 """build_app: the Serve application: an ingress before a deployment of engine replicas.
 
-    HTTP ──► Serve's proxy ──► Ingress ──AdapterRouter──► EngineReplica, EngineReplica, …
+    HTTP ──► (Serve's proxy ──►) Ingress ──AdapterRouter──► EngineReplica, EngineReplica, …
 
 Owns how the deployments are put together and what Serve is told of them.
 """
@@ -51,7 +51,7 @@ def build_app(config: ScaleConfig | Mapping[str, Any]) -> Application:
         max_ongoing_requests=limits.connections,
         graceful_shutdown_timeout_s=limits.drain_seconds,
     )
-    return ingress.bind(options, engines, ledger.bind(options, engines))
+    return ingress.bind(options, engines, ledger.bind(options, engines), config.own_port)
 
 
 def _engines(config: ScaleConfig) -> Deployment:

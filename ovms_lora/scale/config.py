@@ -25,6 +25,7 @@ class ScaleConfig:
     `min_replicas` equal to `max_replicas` is a fixed number. A replica with `target_ongoing_requests` has no room for
     more while others have, and so many per replica is what autoscaling aims at. `num_cpus` is what Ray reserves for a
     replica, and how many threads its engine computes with. `autoscaling` has more of Serve's AutoscalingConfig.
+    With an `own_port` the ingress listens there itself, as fits one machine; without, Serve's proxies pass requests on.
     """
 
     options: ServerOptions
@@ -34,6 +35,7 @@ class ScaleConfig:
     num_cpus: float = 1.0
     target_ongoing_requests: int = TARGET
     autoscaling: Mapping[str, Any] = field(default_factory=dict)
+    own_port: int | None = None
 
     @property
     def threads(self) -> int:

@@ -61,6 +61,7 @@ class Exchange:
     async def messages(self) -> AsyncGenerator[list[Message]]:
         """Run the application; yield what it sends as soon as it does, what has come together in one list.
 
+        The start of an answer waits for what follows, as with other servers: alone it is nothing to read.
         Closing the generator is the client's leaving: the application sees `http.disconnect`, and ends its work.
         """
         running = asyncio.create_task(self._run())
@@ -68,6 +69,8 @@ class Exchange:
             ended = False
             while not ended:
                 batch = [await self._sent.get()]
+                if batch[0] is not None and batch[0]["type"] == "http.response.start":
+                    batch.append(await self._sent.get())
                 while not self._sent.empty():
                     batch.append(self._sent.get_nowait())
                 ended = batch[-1] is None

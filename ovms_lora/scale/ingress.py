@@ -23,10 +23,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ovms_lora.core.errors import OvmsLoraError, UnavailableError
+from ovms_lora.core.errors import EngineError, OvmsLoraError, UnavailableError
 from ovms_lora.scale.adapter_key import adapter_key
 from ovms_lora.scale.engines import Engines
 from ovms_lora.scale.exchange import Forwarded, Relay, received_body
+from ovms_lora.scale.own_server import OwnServer
 from ovms_lora.scale.ray_errors import RAY_ERRORS
 from ovms_lora.server import logs
 from ovms_lora.server.app import front
@@ -44,9 +45,14 @@ _LIVE = frozenset({"/v2/health/live", "/health", "/ping"})
 
 
 class Ingress:
-    """One ingress; Serve makes it and gives it requests as to any ASGI application."""
+    """One ingress; Serve makes it, and its proxy gives it requests, as to any ASGI application.
 
-    def __init__(self, options: ServerOptions, engines: DeploymentHandle[Any], ledger: DeploymentHandle[Any]) -> None:
+    With a `port` it also answers there itself.
+    """
+
+    def __init__(
+        self, options: ServerOptions, engines: DeploymentHandle[Any], ledger: DeploymentHandle[Any], port: int | None
+    ) -> None:
         logs.configure(options.log_level)
         self._options = options
         self._engines = Engines(engines, options.limits)
@@ -55,16 +61,25 @@ class Ingress:
         self._workers = Workers()
         self._draining = False
         self._at_work = set[asyncio.Task[None]]()  # on requests that were passed on and have not ended
+        self._app: ASGIApp = self._answer
+        for layer in reversed(front(options)):
+            self._app = layer.cls(self._app, *layer.args, **layer.kwargs)
+        self._own_server = OwnServer(self._app, options, port) if port else None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application: as every server's, behind log, origins, keys and bounds."""
-        app: ASGIApp = self._answer
-        for layer in reversed(front(self._options)):
-            app = layer.cls(app, *layer.args, **layer.kwargs)
-        return _for_serve(app)
+        return _for_serve(self._app, self._own_server)
+
+    def check_health(self) -> None:
+        """Raise EngineError where nobody can ask any more; Serve then replaces the ingress."""
+        if self._own_server and not (self._own_server.answers or self._draining):
+            raise EngineError("the ingress does not answer on its port any more")
 
     async def drain(self) -> None:
-        """Refuse new requests from now on; return when those that run have ended, or were cut after their time."""
+        """Refuse new requests from now on; return when those that run have ended, or were cut after their time.
+
+        On a port of its own, clients have then got what was sent.
+        """
         self._draining = True
         if running := set(self._at_work):
             _, late = await asyncio.wait(running, timeout=self._options.limits.drain_seconds)
@@ -72,6 +87,8 @@ class Ingress:
                 task.cancel()
             if late:
                 await asyncio.wait(late, timeout=_CUT_SECONDS)
+        if self._own_server:
+            await self._own_server.close()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         relay, style = Relay(send), error_style(scope["path"])
@@ -148,8 +165,11 @@ async def _cut(relay: Relay, error: OvmsLoraError, last_event: bytes) -> None:
         raise error
 
 
-def _for_serve(app: ASGIApp) -> ASGIApp:
-    """Return an application as Serve runs it: with a lifespan, and without the header that Serve's proxy adds."""
+def _for_serve(app: ASGIApp, own_server: OwnServer | None) -> ASGIApp:
+    """Return an application as Serve runs it: with a lifespan, and without the header that Serve's proxy adds.
+
+    In the lifespan the application also answers on its own port, if it has one.
+    """
 
     async def served(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_on(message: Message) -> None:
@@ -160,9 +180,13 @@ def _for_serve(app: ASGIApp) -> ASGIApp:
         if scope["type"] != "lifespan":
             await app(scope, receive, send_on)
             return
-        message: Message = {"type": ""}
-        while message["type"] != "lifespan.shutdown":
-            message = await receive()
-            await send({"type": f"{message['type']}.complete"})
+        await receive()
+        if own_server:
+            await own_server.open()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        if own_server:
+            await own_server.close()
+        await send({"type": "lifespan.shutdown.complete"})
 
     return served

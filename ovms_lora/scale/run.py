@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -24,6 +24,7 @@ import ray
 from ray import serve
 from ray.exceptions import AuthenticationError
 from ray.serve import Application
+from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 
 from ovms_lora.core.errors import ConfigError, EngineError
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 10.0  # for the last words of the ingress
 _TOKEN_HINT = "give its token: RAY_AUTH_MODE=token, and ~/.ray/auth_token or RAY_AUTH_TOKEN"
 # In which Serve's proxy passes on what the ingress has said last.
 _LINGER_SECONDS = 2.0
@@ -53,19 +54,21 @@ def run(config: ScaleConfig, address: str | None) -> None:
     application of this name, and EngineError when no replica comes up.
     """
     logs.configure(config.options.log_level)
-    application = build_app(config)
     # Found taken before Ray is started, which takes seconds. On a cluster Serve may have the port, and be right.
-    place = None if address else _free_place(config)
+    own = None if address else _free_place(config)
+    application = build_app(replace(config, own_port=own.port) if own else config)
     with _signals(joined=bool(address)) as signals, _ray(address):
         signals.listen()  # again: Ray has put its own handlers there
         if APPLICATION in serve.status().applications:
             raise ConfigError(f"{APPLICATION} runs on this cluster", hint="end it with serve shutdown")
-        url = _serving(place, config)
+        url = _start_serve(own, config)
         try:
             _deploy(application)
             print(f"ready: {url} serving with {_number(config)}", file=sys.stderr, flush=True)
             signals.wait()
             _drain(config.options.limits.drain_seconds)
+            if address:
+                time.sleep(_LINGER_SECONDS)
         finally:
             if address:
                 _delete()
@@ -86,12 +89,18 @@ def _free_place(config: ScaleConfig) -> _Place:
         return _Place(url_of(listener), config.options.host, listener.getsockname()[1])
 
 
-def _serving(place: _Place | None, config: ScaleConfig) -> str:
-    """Start Serve unless the cluster runs one; return where it answers. Raises ConfigError for a taken port."""
+def _start_serve(own: _Place | None, config: ScaleConfig) -> str:
+    """Start Serve unless the cluster runs one; return where requests are answered: by the ingress, or by Serve's proxy.
+
+    Raises ConfigError when the proxy's port is taken.
+    """
+    if own:
+        serve.start(proxy_location=ProxyLocation.Disabled)
+        return own.url
     if running := _get_global_client(raise_if_no_controller_running=False):
         http = running.http_config
         return f"http://{http.host}:{http.port}"
-    place = place or _free_place(config)
+    place = _free_place(config)
     serve.start(http_options={"host": place.host, "port": place.port})
     return place.url
 
@@ -132,9 +141,7 @@ def _ray(address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        # One that was started here goes with all that runs on it. Were Serve shut down before, its proxy would stay for
-        # a moment and answer 404.
-        ray.shutdown()
+        ray.shutdown()  # one that was started here goes with all that runs on it
 
 
 class _Signals:

@@ -16,10 +16,10 @@ import sys
 import time
 from functools import partial
 from types import FrameType
-from typing import cast
+from typing import Literal, cast
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from ovms_lora.core.errors import OvmsLoraError
 from ovms_lora.server.app import build_app
@@ -52,13 +52,13 @@ def run(options: ServerOptions, source: ModelSource, load: LoadModel, listener: 
         raise failures[0]
 
 
-def http_config(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
+def http_config(app: ASGIApp, options: ServerOptions, *, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
     """Return how uvicorn speaks HTTP for an application: only HTTP/1.1, bounded."""
     return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
-        lifespan="on",
+        lifespan=lifespan,
         server_header=False,
         http=cast("type[asyncio.Protocol]", partial(BoundedConnection, options.limits)),
         ws="none",

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from ovms_lora.core.config import EngineOptions
 from ovms_lora.core.graph_pbtxt import render_graph
 from ovms_lora.scale import build_app
-from ovms_lora.scale.config import APPLICATION, ENGINE, LEDGER, ScaleConfig
+from ovms_lora.scale.config import APPLICATION, ENGINE, ScaleConfig
 from ovms_lora.scale.flags import config_of
 from ovms_lora.scale.ray_environment import prefer_cluster_environment
 from ovms_lora.server.keys import plain_keys
@@ -110,15 +110,25 @@ def fleet_config(path: Path, **changes: Any) -> ScaleConfig:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """A deployed application, asked over HTTP."""
+    """A deployed application, asked over HTTP on the port of its ingress, or through Serve's proxy."""
 
-    url: str
+    port: int
+    proxy_port: int
     config_path: Path
     config: ScaleConfig
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def proxied(self) -> Fleet:
+        """The same one, asked through Serve's proxy."""
+        return replace(self, port=self.proxy_port)
+
     def deploy(self, **changes: Any) -> None:
         """Deploy it, changed or not; wait until it is there."""
-        serve.run(build_app(replace(self.config, **changes)), name=APPLICATION, route_prefix="/")
+        config = replace(self.config, own_port=self.port, **changes)
+        serve.run(build_app(config), name=APPLICATION, route_prefix="/")
 
     def client(self, key: str = KEY) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
@@ -168,10 +178,10 @@ class Fleet:
         """Kill a replica's process."""
         _kill(f"SERVE_REPLICA::{APPLICATION}#{ENGINE}#{replica}")
 
-    def kill_ledger(self) -> None:
-        """Kill the ledger's process; Serve starts another one."""
+    def kill_only(self, deployment: str) -> None:
+        """Kill the process of a deployment that has one replica; Serve starts another one."""
         names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-        _kill(next(name for name in names if f"#{LEDGER}#" in name))
+        _kill(next(name for name in names if f"#{deployment}#" in name))
 
 
 def _titled(path: Path, title: bytes) -> bool:

@@ -62,6 +62,7 @@ async def test_an_application_hears_that_its_client_has_gone() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"1", "more_body": True})
         assert (await receive())["type"] == "http.disconnect"
         heard.set()
 

@@ -18,6 +18,7 @@ from openai import OpenAI
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from ovms_lora.scale.config import INGRESS, LEDGER
 from tests.scale.fleet import (
     ADMIN,
     BASE,
@@ -106,10 +107,10 @@ def test_the_example_asks_base_and_adapters_by_their_ids(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v3/completions"])
-def test_streams_come_as_they_are_made(fleet: Fleet, path: str) -> None:
+def test_streams_come_as_they_are_made(asked: Fleet, path: str) -> None:
     begun, times = time.monotonic(), []
     fields = request(SQL, max_tokens=LONG, stream=True)
-    with fleet.client() as client, client.stream("POST", path, json=fields) as response:
+    with asked.client() as client, client.stream("POST", path, json=fields) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         got = []
         for event in events(response):
@@ -118,19 +119,19 @@ def test_streams_come_as_they_are_made(fleet: Fleet, path: str) -> None:
     assert got[-1] == "[DONE]"
     assert times[0] < times[-1] / 3, "the first event comes long before the last"
     text = "".join(choice["text"] for event in got[:-1] for choice in event["choices"])
-    assert text == fleet.complete(SQL, path=path, max_tokens=LONG).json()["choices"][0]["text"]
+    assert text == asked.complete(SQL, path=path, max_tokens=LONG).json()["choices"][0]["text"]
 
 
-def test_a_client_that_leaves_frees_its_place(fleet: Fleet) -> None:
+def test_a_client_that_leaves_frees_its_place(asked: Fleet) -> None:
     fields = request(SQL, max_tokens=LONG, n=8, stream=True)
-    with fleet.client() as client, client.stream("POST", "/v1/completions", json=fields) as response:
+    with asked.client() as client, client.stream("POST", "/v1/completions", json=fields) as response:
         next(events(response))
-    wait_for(lambda: not sum(fleet.samples("vllm:num_requests_running").values()), seconds=20)
+    wait_for(lambda: not sum(asked.samples("vllm:num_requests_running").values()), seconds=20)
 
 
-def test_a_replica_killed_in_mid_stream_gives_an_error_event_and_no_end(fleet: Fleet) -> None:
+def test_a_replica_killed_in_mid_stream_gives_an_error_event_and_no_end(fleet: Fleet, asked: Fleet) -> None:
     fields = request(SQL, max_tokens=LONG, n=16, stream=True)
-    with fleet.client() as client, client.stream("POST", "/v1/completions", json=fields) as response:
+    with asked.client() as client, client.stream("POST", "/v1/completions", json=fields) as response:
         stream = events(response)
         next(stream)
         running = fleet.samples("vllm:num_requests_running")
@@ -159,6 +160,25 @@ def check_a_new_replica_has_mail_until_it_is_unloaded(fleet: Fleet, admin: httpx
     assert {fleet.complete("mail").status_code for _ in range(6)} == {404}
 
 
+def test_an_ingress_that_dies_is_replaced_on_the_same_port(fleet: Fleet) -> None:
+    fleet.kill_only(INGRESS)
+    wait_for(lambda: not _answers(fleet))
+    wait_for(lambda: _answers(fleet))
+    fleet.many(SQL, BASE)
+
+
+def _answers(fleet: Fleet) -> bool:
+    try:
+        return fleet.complete().is_success
+    except httpx.HTTPError:
+        return False
+
+
+def test_the_port_of_the_ingress_bounds_what_comes(fleet: Fleet) -> None:
+    with fleet.client() as client:
+        assert client.get("/v1/models", headers={"x-much": "a" * 20_000}).status_code == 431
+
+
 def test_adapters_are_loaded_and_unloaded_in_all_replicas_and_in_those_that_start_later(fleet: Fleet) -> None:
     folder = fleet.config.options.lora_path_prefixes[0] / "loras" / "mail"
     assert fleet.complete("mail").status_code == 404
@@ -178,7 +198,7 @@ def test_what_was_loaded_outlives_the_ledger_and_a_replica_that_die_together(fle
     with fleet.client(ADMIN) as admin:
         assert admin.post("/v1/load_lora_adapter", json={"lora_name": "mail", "lora_path": str(folder)}).is_success
         fleet.many(*["mail"] * 8, at_once=8)
-        fleet.kill_ledger()
+        fleet.kill_only(LEDGER)
         check_a_new_replica_has_mail_until_it_is_unloaded(fleet, admin)
 
 
@@ -247,7 +267,7 @@ def test_the_file_for_serve_deploy_deploys_the_same_application(fleet: Fleet) ->
     controller = _get_global_client()
     assert controller, "Serve runs"
     controller.deploy_apps(ServeDeploySchema(**document), _blocking=True)
-    with fleet.client("another-key") as anybody:  # the file has no keys
+    with fleet.proxied().client("another-key") as anybody:  # the file has no keys
         wait_for(lambda: anybody.post("/v1/completions", json=request()).is_success)
         assert anybody.post("/v1/completions", json=request(SQL)).json()["choices"][0]["text"]
     fleet.deploy()
