@@ -32,6 +32,7 @@ def main(words: list[str]) -> int:
     args = _parser().parse_args(words)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"port": args.port})
     serve.run(
         build_app(
             {
@@ -45,7 +46,7 @@ def main(words: list[str]) -> int:
             }
         )
     )
-    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none is needed")
+    client = OpenAI(base_url=f"http://127.0.0.1:{args.port}/v1", api_key="none is needed")
     for model in ids(client):
         print(f"{model}: ", end="")
         for text in answer(client, model):
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Serve a base with many adapters on Ray Serve, and ask it.")
     parser.add_argument("--model_path", metavar="DIR", type=Path, default=ROOT / "models" / "base_model")
     parser.add_argument("--adapters", metavar="DIR", type=Path, default=ROOT / "examples" / "adapters")
+    parser.add_argument("--port", metavar="N", type=int, default=8000)
     return parser
 
 

@@ -43,6 +43,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 10.0  # for the last words of the ingress
 _TOKEN_HINT = "give its token: RAY_AUTH_MODE=token, and ~/.ray/auth_token or RAY_AUTH_TOKEN"
+_LOOK_SECONDS = 0.5
 # In which Serve's proxy passes on what the ingress has said last.
 _LINGER_SECONDS = 2.0
 
@@ -164,7 +165,9 @@ class _Signals:
     def wait(self) -> None:
         """Wait for the first signal."""
         self._waiting = True
-        self._came.wait()
+        # Now and then it looks itself: the system may give a signal to another thread, which does not wake this one.
+        while not self._came.wait(_LOOK_SECONDS):
+            pass
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -223,6 +223,24 @@ def test_a_replica_that_goes_ends_what_it_has_begun(fleet: Fleet) -> None:
     wait_for(lambda: len(fleet.resident()) == 2)
 
 
+def test_a_request_that_no_replica_takes_ends_with_503(fleet: Fleet) -> None:
+    stopped = fleet.processes()
+    for process in stopped:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        answer = fleet.complete()
+        seconds = time.monotonic() - begun
+    finally:
+        for process in stopped:
+            os.kill(process, signal.SIGCONT)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "no replica takes the request now")
+    assert "retry-after" in answer.headers
+    assert 9 < seconds < 15
+    wait_for(lambda: _answers(fleet))
+    assert fleet.processes() == stopped, "what only paused is not replaced"
+
+
 def test_a_replica_that_hangs_is_replaced_while_the_other_one_answers(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
