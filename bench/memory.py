@@ -31,7 +31,8 @@ def measure(model: Path, plan: Plan) -> list[Row]:
     beside = GraphSource(*read_options(model)).affords_plain
     rows: list[Row] = [{"case": "plain", "registered": 0, "resident": 0, "megabytes": _of_process(model, [], 0)}]
     for count in plan.registered:
-        for resident in sorted({0, min(count, _RESIDENT)}):
+        most = min(count, _RESIDENT)
+        for resident in (0, most) if plan.long else (most,):
             megabytes = _of_process(model, adapters[:count], resident)
             case_name = "adapters, plain graph beside" if beside else "adapters"
             rows.append({"case": case_name, "registered": count, "resident": resident, "megabytes": megabytes})

@@ -33,7 +33,7 @@ class Plan:
     batches: tuple[int, ...] = (1, 8, 16)
     registered: tuple[int, ...] = (8, 32)
     serving_seconds: float = 4.0
-    comparison_seconds: float = 6.0
+    comparison_seconds: float = 5.0
 
     @classmethod
     def of(cls, folder: Path, *, long: bool, seconds: float | None = None) -> Plan:

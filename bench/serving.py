@@ -31,10 +31,10 @@ TTFT_SECONDS, TOKEN_SECONDS = 1.0, 0.1
 
 
 def measure(model: Path, plan: Plan) -> list[Row]:
-    """Serve with as many adapters as can be resident, and with many more; ask both."""
+    """Serve with as many adapters as can be resident, unless the plan is short, and with many more; ask."""
     adapters = write_adapters(plan.folder, base_linears(model), plan.registered[-1], rank=_RANK)
     rows: list[Row] = []
-    for count in (_RESIDENT, plan.registered[-1]):
+    for count in (_RESIDENT, plan.registered[-1]) if plan.long else plan.registered[-1:]:
         names = list(adapters)[:count]
         some = {name: adapters[name] for name in names}
         config = write_config(plan.folder, model, some, max_loras=_RESIDENT, max_cpu_loras=count)

@@ -61,14 +61,21 @@ class Ingress:
         self._workers = Workers()
         self._draining = False
         self._at_work = set[asyncio.Task[None]]()  # on requests that were passed on and have not ended
-        self._app: ASGIApp = self._answer
+        self._app: ASGIApp = self._answer  # as every server's behind log, origins, keys and bounds
         for layer in reversed(front(options)):
             self._app = layer.cls(self._app, *layer.args, **layer.kwargs)
         self._own_server = OwnServer(self._app, options, port) if port else None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Return the application: as every server's, behind log, origins, keys and bounds."""
-        return _for_serve(self._app, self._own_server)
+        """Return the application as Serve runs it, with a lifespan."""
+
+        async def served(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "lifespan":
+                await self._live(receive, send)
+            else:
+                await self._app(scope, receive, _without_id(send))
+
+        return served
 
     def check_health(self) -> None:
         """Raise EngineError where nobody can ask any more; Serve then replaces the ingress."""
@@ -89,6 +96,15 @@ class Ingress:
                 await asyncio.wait(late, timeout=_CUT_SECONDS)
         if self._own_server:
             await self._own_server.close()
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        if self._own_server:
+            await self._own_server.open()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.drain()  # of what came to its own port Serve does not know
+        await send({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         relay, style = Relay(send), error_style(scope["path"])
@@ -165,28 +181,12 @@ async def _cut(relay: Relay, error: OvmsLoraError, last_event: bytes) -> None:
         raise error
 
 
-def _for_serve(app: ASGIApp, own_server: OwnServer | None) -> ASGIApp:
-    """Return an application as Serve runs it: with a lifespan, and without the header that Serve's proxy adds.
+def _without_id(send: Send) -> Send:
+    """Return a `send` that leaves out our header of a request's id: Serve's proxy adds its own."""
 
-    In the lifespan the application also answers on its own port, if it has one.
-    """
+    async def send_on(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            del MutableHeaders(scope=message)["x-request-id"]
+        await send(message)
 
-    async def served(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_on(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                del MutableHeaders(scope=message)["x-request-id"]
-            await send(message)
-
-        if scope["type"] != "lifespan":
-            await app(scope, receive, send_on)
-            return
-        await receive()
-        if own_server:
-            await own_server.open()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        if own_server:
-            await own_server.close()
-        await send({"type": "lifespan.shutdown.complete"})
-
-    return served
+    return send_on
