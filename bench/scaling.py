@@ -25,9 +25,9 @@ _ZIPF_RANK = 8  # of hundreds of adapters that lie on the disk
 _ZIPF_TOKENS = 16
 # As many as may wait. Of fewer the last ones, for adapters that nobody else uses, would weigh too much: no more than 8
 # of them run together.
-_QUEUE, _SHORT_QUEUE = 16 * _BATCH, 3 * _BATCH
+_QUEUE, _SHORT_QUEUE = 16 * _BATCH, 2 * _BATCH
 _LENGTHS, _SHORT_LENGTHS = (32, 128, 512, 1024, 2048, 4096), (32, 256)
-_RANKS, _SHORT_RANKS = (4, 8, 16, 32, 64, 128), (8, 64)
+_RANKS, _SHORT_RANKS = (4, 8, 16, 32, 64, 128), (8, 32)
 
 
 def measure(model: Path, plan: Plan) -> list[Row]:
