@@ -44,6 +44,7 @@ async def test_messages_come_as_soon_as_they_are_sent() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         assert (await receive())["body"] == b"{}"
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0.01)  # the start alone is not passed on
         await send({"type": "http.response.body", "body": b"1", "more_body": True})
         await go_on.wait()
         await send({"type": "http.response.body", "body": b"2"})

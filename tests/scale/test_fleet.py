@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -175,8 +176,10 @@ def _answers(fleet: Fleet) -> bool:
 
 
 def test_the_port_of_the_ingress_bounds_what_comes(fleet: Fleet) -> None:
-    with fleet.client() as client:
-        assert client.get("/v1/models", headers={"x-much": "a" * 20_000}).status_code == 431
+    # A head that does not end never becomes a request: only what holds the socket can refuse it.
+    with socket.create_connection(("127.0.0.1", fleet.port), timeout=10) as client:
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nx-much: " + b"a" * 40_000)
+        assert client.recv(100).startswith(b"HTTP/1.1 431 ")
 
 
 def test_adapters_are_loaded_and_unloaded_in_all_replicas_and_in_those_that_start_later(fleet: Fleet) -> None:
