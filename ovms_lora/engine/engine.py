@@ -111,15 +111,16 @@ class Engine:
         """Start the engine thread."""
         self._thread.start()
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request; from any thread.
+    def submit(self, *requests: GenerationRequest) -> None:
+        """Queue the requests of one call, which have one owner: all of them or, when it raises, none; from any thread.
 
-        Raises InvalidFieldError when the prompt does not fit or the id is in use, QueueFullError when too many requests
+        Raises InvalidFieldError when a prompt does not fit or an id is in use, QueueFullError when too many requests
         wait, UnavailableError while stopping, EngineError after the engine has failed.
         """
-        self.check(request)
+        for request in requests:
+            self.check(request)
         waiting = self._scheduler.waiting
-        self._inbox.submit(request, waiting.backlog, waiting.backlog_of(request.owner))
+        self._inbox.submit(*requests, behind=waiting.backlog, own=waiting.backlog_of(requests[0].owner))
 
     def check_room(self, owner: str, queue_share: float) -> None:
         """Raise QueueFullError when the queue has no room for a request of this owner; from any thread."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -69,28 +70,31 @@ class Inbox:
         with self._changed:
             return self._count()
 
-    def submit(self, request: GenerationRequest, behind: Backlog = _NOTHING, own: Backlog = _NOTHING) -> None:
-        """Leave a request; `behind` is what waits behind the inbox, and `own` what of that is of the same owner.
+    def submit(self, *requests: GenerationRequest, behind: Backlog = _NOTHING, own: Backlog = _NOTHING) -> None:
+        """Leave the requests of one call, which have one owner: all of them, or none when one is refused.
 
-        Raises QueueFullError, InvalidFieldError when a request with this id has not ended, UnavailableError after
-        `close`, EngineError after `fail`.
+        `behind` is what waits behind the inbox, and `own` what of that is of the same owner. Raises QueueFullError,
+        InvalidFieldError when a request with such an id has not ended, UnavailableError after `close`, EngineError
+        after `fail`.
         """
         with self._changed:
             if self._failure:
                 raise self._failure
             self._check_open()
-            if request.request_id in self._ids:
-                raise InvalidFieldError(f"a request with the id {request.request_id} runs already", param="request_id")
-            self._check_requests(request.owner, request.queue_share, behind, own)
-            self._check_sequences(request, behind, own)
-            self._ids.add(request.request_id)
-            self._messages.append(request)
+            for request in requests:
+                if request.request_id in self._ids:
+                    message = f"a request with the id {request.request_id} runs already"
+                    raise InvalidFieldError(message, param="request_id")
+            self._check_requests(len(requests), requests[0].owner, requests[0].queue_share, behind, own)
+            self._check_sequences(requests, behind, own)
+            self._ids.update(request.request_id for request in requests)
+            self._messages += requests
             self._changed.notify()
 
     def check_room(self, owner: str, share: float, behind: Backlog, own: Backlog) -> None:
         """Raise QueueFullError when a request of this owner, with this share of the queue, would be refused now."""
         with self._changed:
-            self._check_requests(owner, share, behind, own)
+            self._check_requests(1, owner, share, behind, own)
 
     def cancel(self, request_id: str) -> None:
         """Leave the wish to drop a request."""
@@ -165,24 +169,32 @@ class Inbox:
         messages = (message for message in self._messages if isinstance(message, GenerationRequest))
         return [message for message in messages if message.owner == owner]
 
-    def _check_requests(self, owner: str, share: float, behind: Backlog, own: Backlog) -> None:
-        if behind.requests + self._count() >= self._max_waiting:
-            raise QueueFullError(f"{self._max_waiting} requests are waiting already")
+    def _check_requests(self, more: int, owner: str, share: float, behind: Backlog, own: Backlog) -> None:
+        if behind.requests + self._count() + more > self._max_waiting:
+            raise QueueFullError(_too_many(more, f"{self._max_waiting} requests"))
         most = max(1, int(self._max_waiting * share))
-        if share < 1 and own.requests + len(self._of_owner(owner)) >= most:
-            raise QueueFullError(f"{most} requests of yours are waiting already")
+        if share < 1 and own.requests + len(self._of_owner(owner)) + more > most:
+            raise QueueFullError(_too_many(more, f"{most} requests of yours"))
 
-    def _check_sequences(self, request: GenerationRequest, behind: Backlog, own: Backlog) -> None:
-        n, share = request.sampling.n, request.queue_share
-        if behind.sequences + self._count_sequences() + n > _MOST_SEQUENCES:
+    def _check_sequences(self, requests: Seq[GenerationRequest], behind: Backlog, own: Backlog) -> None:
+        owner, share, more = requests[0].owner, requests[0].queue_share, _sequences(requests)
+        if behind.sequences + self._count_sequences() + more > _MOST_SEQUENCES:
             raise QueueFullError(f"{_MOST_SEQUENCES} sequences would wait with these")
-        most = max(n, int(_MOST_SEQUENCES * share))
-        if share < 1 and own.sequences + sum(one.sampling.n for one in self._of_owner(request.owner)) + n > most:
+        most = max(requests[0].sampling.n, int(_MOST_SEQUENCES * share))
+        if share < 1 and own.sequences + _sequences(self._of_owner(owner)) + more > most:
             raise QueueFullError(f"{most} sequences of yours would wait with these")
 
     def _count_sequences(self) -> int:
-        return sum(message.sampling.n for message in self._messages if isinstance(message, GenerationRequest))
+        return _sequences(message for message in self._messages if isinstance(message, GenerationRequest))
 
     def _check_open(self) -> None:
         if self.closed:
             raise UnavailableError("the server is shutting down")
+
+
+def _sequences(requests: Iterable[GenerationRequest]) -> int:
+    return sum(request.sampling.n for request in requests)
+
+
+def _too_many(more: int, most: str) -> str:
+    return f"{most} are waiting already" if more == 1 else f"more than {most} would wait with the {more} of this call"

@@ -100,10 +100,7 @@ class AsyncEngine:
         self._loop.call_soon_threadsafe(self._dispatch, tuple(outputs))
 
     def open(self, requests: Sequence[GenerationRequest]) -> OutputStream:
-        """Submit the requests of one call.
-
-        Raises what `Engine.submit` raises; then none of the requests goes on.
-        """
+        """Submit the requests of one call; on the event loop. Raises what `Engine.submit` raises."""
         engine = self._engine
         assert engine is not None, "attach the engine before the first call"
         ids = [request.request_id for request in requests]
@@ -113,14 +110,10 @@ class AsyncEngine:
             limit=self._limit * sequences,
             close=lambda unfinished: self._release(engine if unfinished else None, ids),
         )
+        engine.submit(*requests)
+        # Not too late: outputs are sorted on the event loop, where this runs.
         self._calls += 1
-        try:
-            for request in requests:
-                self._streams[request.request_id] = stream
-                engine.submit(request)
-        except BaseException:  # whatever it was, a call that did not begin must not count as one
-            stream.close()
-            raise
+        self._streams.update(dict.fromkeys(ids, stream))
         return stream
 
     def _release(self, cancel_at: Engine | None, ids: list[str]) -> None:

@@ -25,34 +25,34 @@ def test_what_comes_is_taken_in_order() -> None:
 
 def test_requests_count_here_and_behind() -> None:
     inbox = Inbox(3)
-    inbox.submit(request("1"), Backlog(2))
+    inbox.submit(request("1"), behind=Backlog(2))
     for waiting in (2, 5):
         with pytest.raises(QueueFullError, match="3 requests are waiting"):
-            inbox.submit(request("2"), Backlog(waiting))
+            inbox.submit(request("2"), behind=Backlog(waiting))
     inbox.cancel("1")  # cancellations always have room
-    inbox.submit(request("2"), Backlog(1))
+    inbox.submit(request("2"), behind=Backlog(1))
 
 
 def test_sequences_are_bounded_too() -> None:
     inbox = Inbox(256)
-    inbox.submit(request("1", n=128), Backlog(0, 4096 - 2 * 128))
+    inbox.submit(request("1", n=128), behind=Backlog(0, 4096 - 2 * 128))
     with pytest.raises(QueueFullError, match="4096 sequences"):
-        inbox.submit(request("2", n=128), Backlog(0, 4096 - 2 * 128 + 1))
-    inbox.submit(request("2", n=128), Backlog(0, 4096 - 2 * 128))
+        inbox.submit(request("2", n=128), behind=Backlog(0, 4096 - 2 * 128 + 1))
+    inbox.submit(request("2", n=128), behind=Backlog(0, 4096 - 2 * 128))
 
 
 @pytest.mark.parametrize(("own", "fits"), [(0, True), (1, True), (2, False), (3, False)])
 def test_an_owner_has_its_share_of_the_queue(own: int, fits: bool) -> None:
     inbox = Inbox(8)
-    inbox.submit(replace(request("1"), owner="a", queue_share=0.5), Backlog(own), Backlog(own))
-    inbox.submit(replace(request("2"), owner="b", queue_share=0.5), Backlog(own), Backlog())
+    inbox.submit(replace(request("1"), owner="a", queue_share=0.5), behind=Backlog(own), own=Backlog(own))
+    inbox.submit(replace(request("2"), owner="b", queue_share=0.5), behind=Backlog(own), own=Backlog())
     third = replace(request("3"), owner="a", queue_share=0.38)
     if fits:
-        inbox.submit(third, Backlog(own), Backlog(own))
+        inbox.submit(third, behind=Backlog(own), own=Backlog(own))
     else:
         with pytest.raises(QueueFullError, match="3 requests of yours are waiting already"):
-            inbox.submit(third, Backlog(own), Backlog(own))
-    inbox.submit(request("4"), Backlog(own), Backlog())
+            inbox.submit(third, behind=Backlog(own), own=Backlog(own))
+    inbox.submit(request("4"), behind=Backlog(own), own=Backlog())
 
 
 def test_an_owner_with_the_smallest_share_can_still_ask() -> None:
@@ -65,8 +65,8 @@ def test_an_owner_with_the_smallest_share_can_still_ask() -> None:
 def test_the_sequences_of_an_owner_are_bounded_too() -> None:
     inbox, wide = Inbox(256), replace(request("1", n=128), owner="a", queue_share=0.5)
     with pytest.raises(QueueFullError, match="2048 sequences of yours"):
-        inbox.submit(wide, Backlog(2, 2000), Backlog(2, 2048 - 127))
-    inbox.submit(wide, Backlog(2, 2000), Backlog(2, 2048 - 128))
+        inbox.submit(wide, behind=Backlog(2, 2000), own=Backlog(2, 2048 - 127))
+    inbox.submit(wide, behind=Backlog(2, 2000), own=Backlog(2, 2048 - 128))
 
 
 def test_an_id_is_taken_until_its_request_has_ended() -> None:
@@ -84,8 +84,25 @@ def test_an_id_is_taken_until_its_request_has_ended() -> None:
 def test_a_refused_request_leaves_its_id_free() -> None:
     inbox = Inbox(1)
     with pytest.raises(QueueFullError):
-        inbox.submit(request("r"), Backlog(1))
+        inbox.submit(request("r"), behind=Backlog(1))
     inbox.submit(request("r"))
+
+
+def test_the_requests_of_a_call_are_taken_together_or_not_at_all() -> None:
+    inbox, two = Inbox(4), [request("1"), request("2")]
+    for refused, why in (
+        ([request(str(name)) for name in range(5)], "more than 4 requests would wait with the 5 of this call"),
+        ([replace(each, owner="a", queue_share=0.25) for each in two], "more than 1 requests of yours"),
+        ([request(name, n=128 * 16) for name in "123"], "4096 sequences"),
+    ):
+        with pytest.raises(QueueFullError, match=why):
+            inbox.submit(*refused)
+    inbox.submit(request("x"))
+    with pytest.raises(InvalidFieldError, match="the id x runs"):
+        inbox.submit(request("1"), request("x"))
+    assert inbox.num_requests == 1
+    inbox.submit(*two, request("3"))
+    assert inbox.num_requests == 4
 
 
 def test_a_closed_or_failed_inbox_says_why() -> None:
@@ -118,7 +135,7 @@ def called(inbox: Inbox, work: object) -> tuple[threading.Thread, list[object]]:
 
 def test_a_task_gives_its_result_or_its_error() -> None:
     inbox = Inbox(8)
-    for work, expected in ((lambda: 5, 5), (lambda: inbox.submit(request(), Backlog(99)), QueueFullError)):
+    for work, expected in ((lambda: 5, 5), (lambda: inbox.submit(request(), behind=Backlog(99)), QueueFullError)):
         thread, results = called(inbox, work)
         inbox.run_tasks()
         thread.join()
