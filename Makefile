@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -qq
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check image-test bench soak audit docs lock clean
+.PHONY: help demo test check exports image-test bench soak audit docs lock clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,9 @@ check: $(VENV)/.dev ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+exports: $(VENV)/.dev $(VENV)/.model # what `make test` makes by itself, made beforehand
+	@$(BIN)/python -m tests.real.exports
 
 image-test: $(VENV)/.dev $(VENV)/.model ## build the container images and run them (root; needs buildah and debootstrap)
 	@$(BIN)/python -m pytest --image tests/docker $(PYTEST_ARGS)

@@ -11,7 +11,7 @@ from bench.soak import Report, slope, soak
 from bench.soak_server import Size
 
 
-@pytest.mark.parametrize("minutes", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("minutes", [0.25, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_a_soak_finds_nothing(tmp_path: Path, minutes: float) -> None:
     report = soak(tmp_path, minutes)
     assert report.failures == [], "\n".join(report.lines())

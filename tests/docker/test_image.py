@@ -18,7 +18,7 @@ import pytest
 
 from tests.docker.images import Container, Image, Images, running
 from tests.real.client import PROMPT, ROOT
-from tests.real.conftest import export
+from tests.real.exports import export
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
 
@@ -45,7 +45,7 @@ def image(images: Images) -> Image:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository that anyone may read: a base in int8, and an adapter for run time."""
     folder = tmp_path_factory.mktemp("models")
-    shutil.copytree(export("int8_base", "--weight-format", "int8"), folder / "base_model")
+    shutil.copytree(export("int8_base"), folder / "base_model")
     shutil.copytree(ROOT / "examples" / "adapters" / "sql", folder / "loras" / "sql")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     for path in (folder, *folder.rglob("*")):

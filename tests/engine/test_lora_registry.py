@@ -496,4 +496,4 @@ class RegistryMachine(RuleBasedStateMachine):
 
 
 TestRegistry = RegistryMachine.TestCase
-TestRegistry.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
+TestRegistry.settings = settings(max_examples=10, stateful_step_count=40, deadline=None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.real.conftest import _gguf
+from tests.real.exports import gguf
 from tests.server.process import REAL, running
 
 lm_eval_models = pytest.importorskip(
@@ -92,7 +92,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from ovms_lora.export.gguf import to_hf_folder
 
     folder = tmp_path_factory.mktemp("reference")
-    to_hf_folder(_gguf(), folder)
+    to_hf_folder(gguf(), folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 

@@ -24,9 +24,9 @@ def test_a_batch_gives_the_tokens_of_transformers(exact_base: Path, tmp_path: Pa
     from transformers import AutoModelForCausalLM
 
     from ovms_lora.export.gguf import to_hf_folder
-    from tests.real.conftest import _gguf
+    from tests.real.exports import gguf
 
-    to_hf_folder(_gguf(), tmp_path)
+    to_hf_folder(gguf(), tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with client(exact_base) as ours:
         tokenizer = ours.model.tokenizer
