@@ -97,8 +97,13 @@ class Inbox:
             self._check_requests(1, owner, share, behind, own)
 
     def cancel(self, request_id: str) -> None:
-        """Leave the wish to drop a request."""
+        """Leave the wish to drop a request; one that is still here makes room at once, however long a step takes."""
         with self._changed:
+            for message in self._messages:
+                if isinstance(message, GenerationRequest) and message.request_id == request_id:
+                    self._messages.remove(message)
+                    self._ids.discard(request_id)
+                    return
             self._messages.append(request_id)
             self._changed.notify()
 

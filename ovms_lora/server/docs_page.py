@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, JSONResponse
 
@@ -38,6 +37,8 @@ async def docs(request: Request) -> HTMLResponse:
 
 
 def _page(app: Any) -> str:
+    import jinja2  # here, since every start would wait for it, and few ask for this page
+
     template = jinja2.Template(_template(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text: str = template.render(document=app.openapi(), told=told, body_of=_body_of, members_of=_members_of)
     return text

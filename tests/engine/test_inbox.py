@@ -105,6 +105,16 @@ def test_the_requests_of_a_call_are_taken_together_or_not_at_all() -> None:
     assert inbox.num_requests == 4
 
 
+def test_a_request_that_is_cancelled_before_it_is_taken_leaves_its_room() -> None:
+    inbox, other = Inbox(2), request("2")
+    inbox.submit(request("1"), other)
+    inbox.cancel("1")
+    inbox.submit(again := request("1"))
+    assert inbox.take(idle=False) == [other, again]
+    inbox.cancel("1")
+    assert inbox.take(idle=False) == ["1"]
+
+
 def test_a_closed_or_failed_inbox_says_why() -> None:
     inbox = Inbox(8)
     inbox.close()
