@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from ovms_lora.engine.bisection import StepResult, run_step
 from ovms_lora.engine.block_pool import BlockPool
 from ovms_lora.engine.decoder import Decoder
 from ovms_lora.engine.drafts import Drafter
-from ovms_lora.engine.inbox import Inbox
+from ovms_lora.engine.inbox import MOST_SEQUENCES, Inbox
 from ovms_lora.engine.live_requests import LiveRequests, failures
 from ovms_lora.engine.output import OutputProcessor
 from ovms_lora.engine.runner import ModelRunner
@@ -92,6 +93,7 @@ class Engine:
         self._deliver = deliver
         self._clock = clock
         self._inbox = Inbox(max_waiting)
+        self._taken: deque[GenerationRequest | str] = deque()  # one that breaks the engine stays, to be told
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(self._pool, _limits(options), residency, copies_blocks=runner.copies_blocks)
         output = OutputProcessor(tokenizer, eos, self.max_model_len)
@@ -142,6 +144,8 @@ class Engine:
                 f"Number of prompt tokens: {prompt} + max tokens value: {wanted} exceeds model max length: {limit}"
             )
             raise InvalidFieldError(message, param="max_tokens")
+        if request.sampling.n > MOST_SEQUENCES:
+            raise InvalidFieldError(f"n must be at most {MOST_SEQUENCES}", param="n")
         vocabulary = self._runner.vocab_size
         for field, tokens in (
             ("prompt", request.prompt_token_ids),
@@ -212,7 +216,8 @@ class Engine:
         """Do what is to be done once; return whether to go on."""
         self._beat = self._clock()
         # Taken in even when it is time to go: `_end_all` tells only those of whom the engine knows.
-        self._take_in(self._inbox.take(idle=not self._scheduler.has_work))
+        self._taken.extend(self._inbox.take(idle=not self._scheduler.has_work))
+        self._take_in()
         self._inbox.run_tasks()
         if self._abort or (self._inbox.closed and not self._scheduler.has_work):
             return False
@@ -221,13 +226,15 @@ class Engine:
             self._step()
         return True
 
-    def _take_in(self, messages: Iterable[GenerationRequest | str]) -> None:
-        for message in messages:
-            if isinstance(message, str):
+    def _take_in(self) -> None:
+        while self._taken:
+            message = self._taken[0]
+            if isinstance(message, GenerationRequest):
+                self._live.begin(message)
+                self._prompt_tokens += len(message.prompt_token_ids)
+            else:
                 self._live.end(message)
-                continue
-            self._live.begin(message)
-            self._prompt_tokens += len(message.prompt_token_ids)
+            self._taken.popleft()
 
     def _step(self) -> None:
         chunks = self._scheduler.schedule(self._propose())
@@ -280,8 +287,9 @@ class Engine:
 
     def _end_all(self, error: OvmsLoraError) -> None:
         outputs = self._live.abandon(error)
-        for request in self._inbox.empty(error):
-            outputs += failures(request, range(request.sampling.n), error)
+        for request in (*self._taken, *self._inbox.empty(error)):
+            if isinstance(request, GenerationRequest):
+                outputs += failures(request, range(request.sampling.n), error)
         if outputs:
             self._deliver(outputs)
 

@@ -27,7 +27,7 @@ from ovms_lora.engine.waiting_queue import Backlog
 
 T = TypeVar("T")
 
-_MOST_SEQUENCES = 4096  # that wait: each has its own copy of the prompt, so requests alone do not bound the memory
+MOST_SEQUENCES = 4096  # that wait: each has its own copy of the prompt, so requests alone do not bound the memory
 _NOTHING = Backlog()
 _IDLE_SECONDS = 0.5  # how often an idle engine shows that it is alive
 
@@ -183,9 +183,9 @@ class Inbox:
 
     def _check_sequences(self, requests: Seq[GenerationRequest], behind: Backlog, own: Backlog) -> None:
         owner, share, more = requests[0].owner, requests[0].queue_share, _sequences(requests)
-        if behind.sequences + self._count_sequences() + more > _MOST_SEQUENCES:
-            raise QueueFullError(f"{_MOST_SEQUENCES} sequences would wait with these")
-        most = max(requests[0].sampling.n, int(_MOST_SEQUENCES * share))
+        if behind.sequences + self._count_sequences() + more > MOST_SEQUENCES:
+            raise QueueFullError(f"{MOST_SEQUENCES} sequences would wait with these")
+        most = max(requests[0].sampling.n, int(MOST_SEQUENCES * share))
         if share < 1 and own.sequences + _sequences(self._of_owner(owner)) + more > most:
             raise QueueFullError(f"{most} sequences of yours would wait with these")
 

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
 from ovms_lora.core.errors import DeadlineExceededError, EngineError, OvmsLoraError, QueueFullError, UnavailableError
-from ovms_lora.scale.exchange import Forwarded
+from ovms_lora.scale.exchange import Forwarded, is_end
 from ovms_lora.scale.fleet_metrics import merged
 from ovms_lora.scale.ray_errors import RAY_ERRORS
 from ovms_lora.server.options import Limits
@@ -58,7 +58,7 @@ class Engines:
                 async with aclosing(self._ask(request, key)) as messages:
                     async for message in messages:
                         begun = True
-                        complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+                        complete = is_end(message)
                         yield message
                 if complete:
                     return
@@ -93,6 +93,7 @@ class Engines:
             deadline = asyncio.get_running_loop().time() + self._limits.request_seconds + _GRACE_SECONDS
             while batch := await _within(deadline - asyncio.get_running_loop().time(), anext(response, None), late):
                 for message in batch:
+                    ended = is_end(message)
                     yield message
             ended = True
         except RayActorError:

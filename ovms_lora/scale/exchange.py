@@ -118,6 +118,11 @@ async def received_body(receive: Receive) -> bytes:
             return b"".join(parts)
 
 
+def is_end(message: Message) -> bool:
+    """Tell whether nothing of an answer follows."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
 class Relay:
     """`send` that remembers how far an answer has come."""
 
@@ -134,5 +139,5 @@ class Relay:
             kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
             self.is_event_stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
         else:
-            self.ended = not message.get("more_body", False)
+            self.ended = is_end(message)
         await self._send(message)

@@ -120,7 +120,8 @@ class Ingress:
         except HTTPException as error:  # a bound on the body
             await style.http(error)(scope, receive, relay)
         except ClientGoneError:
-            log.info("the client left")
+            if not relay.ended:  # who has got the whole answer may go
+                log.info("the client left")
         except OvmsLoraError as error:
             if relay.started:
                 await _cut(relay, error, event(style.body(error)))

@@ -8,7 +8,8 @@ never waits. Knows no HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ovms_lora.core.errors import DeadlineExceededError, OvmsLoraError, UnavailableError
@@ -92,8 +93,17 @@ class AsyncEngine:
 
     @property
     def active_calls(self) -> int:
-        """How many calls are neither answered nor dropped."""
+        """How many calls are prepared, or neither answered nor dropped."""
         return self._calls
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Count a call that has chosen this engine and is not opened yet, so that the engine waits for it, too."""
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
 
     def deliver(self, outputs: Sequence[SequenceOutput]) -> None:
         """Take the outputs of one step; on the engine thread."""

@@ -67,22 +67,24 @@ async def generate(request: Request, dialect: Dialect, endpoint: Endpoint) -> Re
     selection = await server.select(dialect.model_name(document, server.registry), tenant)
     metrics = server.metrics.begin(dialect.name, selection.served.name, streamed=document.get("stream") is True)
     try:
-        # Before anything is worked out for it: refusing must cost less than serving.
-        selection.served.model.engine.check_room(tenant.name, tenant.queue_share)
-        values = await server.workers.run(
-            size, _values, document, selection.served.limits(server.options.limits), endpoint
-        )
-        tenant.check_blend(selection.served.name, AdapterChoice.of(values).blended)
-        uses = await server.uses(selection, AdapterChoice.of(values))
-        asked = _Asked(values, document.get("model") or selection.served.name, uses, tenant)
-        if endpoint.is_chat:
-            call = await server.render(uses, _call, asked, selection.served, dialect, endpoint)
-        else:
-            call = await server.workers.run(size, _call, asked, selection.served, dialect, endpoint)
-        constraint = await server.constraint(selection, call.constraint)
-        metrics.use(call.adapters.names(selection), call.prompt_tokens)
-        work = _Work(server, selection, call, uses, constraint, dialect, endpoint, metrics)
-        return await (work.streamed(request) if call.stream else work.whole(request))
+        with selection.served.engine.preparing():
+            # Before anything is worked out for it: refusing must cost less than serving.
+            selection.served.model.engine.check_room(tenant.name, tenant.queue_share)
+            values = await server.workers.run(
+                size, _values, document, selection.served.limits(server.options.limits), endpoint
+            )
+            tenant.check_blend(selection.served.name, AdapterChoice.of(values).blended)
+            uses = await server.uses(selection, AdapterChoice.of(values))
+            asked = _Asked(values, document.get("model") or selection.served.name, uses, tenant)
+            if endpoint.is_chat:
+                call = await server.render(uses, _call, asked, selection.served, dialect, endpoint)
+            else:
+                call = await server.workers.run(size, _call, asked, selection.served, dialect, endpoint)
+            constraint = await server.constraint(selection, call.constraint)
+            metrics.use(call.adapters.names(selection), call.prompt_tokens)
+            work = _Work(server, selection, call, uses, constraint, dialect, endpoint, metrics)
+            stream = work.open()
+        return await (work.streamed(request, stream) if call.stream else work.whole(request, stream))
     except BaseException as error:
         metrics.end(error)
         raise
@@ -163,9 +165,16 @@ class _Work:
     endpoint: Endpoint
     metrics: CallMetrics
 
-    async def whole(self, request: Request) -> Response:
+    def open(self) -> OutputStream:
+        """Submit the call to its engine. Raises what `AsyncEngine.open` does."""
+        served = self.selection.served
+        deadline = time.monotonic() + self.server.options.limits.request_seconds
+        requests = self.call.requests(served.model.engine.max_model_len, self.uses, deadline, self.constraint)
+        return served.engine.open(requests)
+
+    async def whole(self, request: Request, stream: OutputStream) -> Response:
         """Wait for all of the answer."""
-        stream, choices = self._open(), Choices(self.call)
+        choices = Choices(self.call)
         try:
             await unless_gone(request.receive, stream.overrun, self._collect(stream, choices))
         finally:
@@ -179,9 +188,8 @@ class _Work:
         )
         return Response(content, media_type="application/json")
 
-    async def streamed(self, request: Request) -> Response:
+    async def streamed(self, request: Request, stream: OutputStream) -> Response:
         """Wait for the first output, so that an error before it keeps its status; then send events."""
-        stream = self._open()
         try:
             await unless_gone(request.receive, stream.overrun, stream.ready())
         except BaseException:
@@ -189,12 +197,6 @@ class _Work:
             raise
         events, errors = self._events(stream), self.dialect.errors
         return EventStream(events, stream, error_body=errors.body, on_end=self.metrics.end)
-
-    def _open(self) -> OutputStream:
-        served = self.selection.served
-        deadline = time.monotonic() + self.server.options.limits.request_seconds
-        requests = self.call.requests(served.model.engine.max_model_len, self.uses, deadline, self.constraint)
-        return served.engine.open(requests)
 
     async def _collect(self, stream: OutputStream, choices: Choices) -> None:
         async for outputs in stream:

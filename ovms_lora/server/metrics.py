@@ -44,7 +44,7 @@ class _PlainCounters(Collector):
     def collect(self) -> Iterator[Metric]:
         """Give the counts."""
         metric = Metric(self._name, self._documentation, "unknown")
-        for labels, count in self._counts.items():
+        for labels, count in self._counts.copy().items():
             metric.add_sample(self._name, dict(zip(self._labels, labels, strict=True)), count)
         yield metric
 

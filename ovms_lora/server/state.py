@@ -52,6 +52,8 @@ class ServerState:
             if tenant.names_exactly(model):
                 raise
             raise ForbiddenError(model) from None
+        if self.lifecycle.draining:  # since then
+            raise UnavailableError("the server is shutting down")
         if not tenant.allows(selection.served.name, selection.alias):
             raise ForbiddenError(model)
         return selection

@@ -19,7 +19,8 @@ from ovms_lora.core.errors import (
     QueueFullError,
     UnavailableError,
 )
-from ovms_lora.core.request import FinishReason
+from ovms_lora.core.request import FinishReason, GenerationRequest
+from ovms_lora.engine.live_requests import LiveRequests
 from ovms_lora.engine.runner import FloatArray
 from ovms_lora.engine.sampler import Sampler
 from ovms_lora.engine.scheduler import Chunk
@@ -538,6 +539,32 @@ def test_the_models_length_is_never_more_than_the_cache_holds() -> None:
 def test_a_token_id_outside_of_the_vocabulary_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(InvalidFieldError, match="token id"):
         build(Answers(), FakeRunner()).submit(request(**bad))
+
+
+def test_more_sequences_than_may_ever_wait_are_refused() -> None:
+    engine = build(Answers(), FakeRunner())
+    engine.check(request(n=4096))
+    with pytest.raises(InvalidFieldError, match="n must be at most 4096"):
+        engine.check(request(n=4097))
+
+
+def test_who_was_taken_in_when_the_engine_broke_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = LiveRequests.begin
+
+    def begin_or_break(live: LiveRequests, begun: GenerationRequest) -> None:
+        if begun.request_id == "2":
+            raise MemoryError
+        begin(live, begun)
+
+    monkeypatch.setattr(LiveRequests, "begin", begin_or_break)
+    runner, requests = FakeRunner(), [request(name) for name in "1234"]
+    runner.gate.clear()
+    with running(runner, request("0"), max_waiting=4) as (engine, answers):
+        eventually(lambda: engine.stats().running == 1)
+        engine.submit(*requests)
+        runner.gate.set()
+        answers.wait(*requests)
+    assert {type(answers[each.request_id].error) for each in requests} == {EngineError}
 
 
 def test_a_full_queue_refuses_the_next_request_and_recovers() -> None:

@@ -90,13 +90,14 @@ def test_a_refused_request_leaves_its_id_free() -> None:
 
 def test_the_requests_of_a_call_are_taken_together_or_not_at_all() -> None:
     inbox, two = Inbox(4), [request("1"), request("2")]
-    for refused, why in (
-        ([request(str(name)) for name in range(5)], "more than 4 requests would wait with the 5 of this call"),
-        ([replace(each, owner="a", queue_share=0.25) for each in two], "more than 1 requests of yours"),
-        ([request(name, n=128 * 16) for name in "123"], "4096 sequences"),
+    shared = [replace(each, owner="a", queue_share=0.5) for each in two]
+    for refused, behind, own, why in (
+        (two, Backlog(3), Backlog(), "more than 4 requests would wait with the 2 of this call"),
+        (shared, Backlog(1), Backlog(1), "more than 2 requests of yours would wait with the 2"),
+        ([request(name, n=2048) for name in "12"], Backlog(1, 1), Backlog(), "4096 sequences"),
     ):
         with pytest.raises(QueueFullError, match=why):
-            inbox.submit(*refused)
+            inbox.submit(*refused, behind=behind, own=own)
     inbox.submit(request("x"))
     with pytest.raises(InvalidFieldError, match="the id x runs"):
         inbox.submit(request("1"), request("x"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ovms_lora.server.state import ServerState
 from tests.server.serving import Served, serving, write_adapters, write_lora_config
 from tests.server.test_adapter_updates import load, options, unload
 from tests.server.test_models import config, reload
@@ -78,6 +79,31 @@ async def test_a_removal_by_reload_disturbs_no_running_request(tmp_path: Path) -
         assert (await reloading)[0] == 201
         assert await running == before
         assert await status(served, "mix") == 404
+
+
+async def test_a_base_that_is_replaced_waits_for_a_call_that_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, go_on, uses = asyncio.Event(), asyncio.Event(), ServerState.uses
+
+    async def wait(state: ServerState, *args: Any) -> Any:
+        prepared.set()
+        await go_on.wait()
+        return await uses(state, *args)
+
+    async with serving(source=write_lora_config(tmp_path), options=options(tmp_path)) as served:
+        before = await text(served, "sql")
+        monkeypatch.setattr(ServerState, "uses", wait)
+        running = asyncio.create_task(text(served, "sql"))
+        await prepared.wait()
+        write_lora_config(tmp_path, lora_options={"max_loras": 3})
+        assert (await reload(served))[0] == 201
+        assert served.state.lifecycle.active_calls == 1, "a drain would wait for it, too"
+        await asyncio.sleep(0.2)  # in which an engine that nobody needs is stopped
+        go_on.set()
+        assert await running == before
+        await served.settled()
+        assert served.state.lifecycle.active_calls == 0
 
 
 async def test_a_version_that_a_client_has_put_in_place_stays_until_its_entry_changes(tmp_path: Path) -> None:

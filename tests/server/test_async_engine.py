@@ -104,6 +104,17 @@ async def test_closing_early_cancels_once() -> None:
     await asyncio.sleep(0)
 
 
+async def test_a_call_counts_while_it_is_prepared() -> None:
+    both = bridge(Recorder())
+    with both.preparing():
+        stream = both.open([request("a")])
+    assert both.active_calls == 1
+    stream.close()
+    with pytest.raises(ValueError, match="bad"), both.preparing():
+        raise ValueError("bad")
+    assert both.active_calls == 0
+
+
 async def test_a_refused_call_leaves_nothing() -> None:
     engine = Recorder(room=1)
     both = bridge(engine)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ovms_lora.server.options import ServerOptions
 from tests.fakes import FakeRunner
 from tests.server.serving import FakeModels, Served, serving, write_adapters, write_lora_config
+from tests.server.test_faults import until
 
 pytestmark = pytest.mark.anyio
 
@@ -50,6 +53,23 @@ async def samples(served: Served) -> Samples:
     return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
 
+async def overfill(served: Served) -> None:
+    """Have one call run, one fill the queue of four, and one refused."""
+    gate, engine = served.models.runners["base"].gate, served.state.registry.resolve("base").served.model.engine
+
+    def ask(prompts: int) -> asyncio.Task[Any]:
+        return asyncio.create_task(served.post("/v1/completions", model="base", prompt=["a"] * prompts, max_tokens=1))
+
+    gate.clear()
+    answers = [ask(1)]
+    await until(lambda: engine.stats().running == 1)
+    answers.append(ask(4))
+    await until(lambda: engine.stats().waiting == 4)
+    assert (await ask(1)).status_code == 429
+    gate.set()
+    assert [(await answer).status_code for answer in answers] == [200, 200]
+
+
 async def work(served: Served) -> None:
     """Send requests of every kind: answered, streamed, refused, rejected, with loaded and unknown names."""
     prompt = "the same prompt, longer than a block"
@@ -57,7 +77,7 @@ async def work(served: Served) -> None:
         await served.text("/v3/completions", model=model, prompt=prompt, max_tokens=4)
         await served.text("/v1/completions", model=model, prompt=prompt, max_tokens=4, stream=True)
     await served.post("/v3/completions", model="base", prompt="")
-    await served.post("/v1/completions", model="base", prompt=["a"] * 9, max_tokens=1)
+    await overfill(served)
     for model in ("stranger", "base:stranger", "../stranger"):
         await served.post("/v1/completions", model=model, prompt="a")
         await served.post("/v3/completions", model="base", lora=[{"alias": model}], prompt="a")
@@ -114,6 +134,6 @@ async def test_labels_hold_known_names_only(measured: tuple[Samples, Samples]) -
 async def test_a_request_is_accepted_or_rejected_and_answered_or_failed(measured: tuple[Samples, Samples]) -> None:
     _, after = measured
     accepted, rejected = total(after, "ovms_requests_accepted"), total(after, "ovms_requests_rejected")
-    assert (accepted, rejected) == (14, 1)  # unknown models have nothing to be counted under
+    assert (accepted, rejected) == (16, 1)  # unknown models have nothing to be counted under
     assert total(after, "ovms_responses") + total(after, "ovms_graph_error") == accepted
-    assert total(after, "vllm:e2e_request_latency_seconds_count") == total(after, "ovms_responses") == 10
+    assert total(after, "vllm:e2e_request_latency_seconds_count") == total(after, "ovms_responses") == 12
