@@ -282,6 +282,7 @@ def test_the_models_length_ends_a_text_that_asks_for_more() -> None:
             {"sampling_params": SamplingParams(stop_token_ids=[999])},
             "prompt 0: stop_token_ids holds a token id outside",
         ),
+        ({"sampling_params": SamplingParams(n=4097)}, "prompt 0: n must be at most 4096"),
     ],
 )
 def test_what_is_wrong_with_a_call_is_said_before_it_runs(arguments: dict[str, Any], message: str) -> None:

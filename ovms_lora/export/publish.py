@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -73,12 +73,11 @@ def publish(staged: Path, repository: Path, name: str) -> None:
     old = _hidden_path(repository, name, "old") if target.exists() else None
     if old is not None:
         target.replace(old)
-    try:
-        staged.replace(target)
-    except BaseException:
+    with ExitStack() as undo:
         if old is not None:
-            old.replace(target)
-        raise
+            undo.callback(old.replace, target)
+        staged.replace(target)
+        undo.pop_all()
     for folder in (target.parent, repository, old.parent if old else repository):
         sync_folder(folder)
     if old is not None:

@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -174,8 +175,8 @@ class _Work:
 
     async def whole(self, request: Request, stream: OutputStream) -> Response:
         """Wait for all of the answer."""
-        choices = Choices(self.call)
         try:
+            choices = Choices(self.call)
             await unless_gone(request.receive, stream.overrun, self._collect(stream, choices))
         finally:
             stream.close()
@@ -190,11 +191,10 @@ class _Work:
 
     async def streamed(self, request: Request, stream: OutputStream) -> Response:
         """Wait for the first output, so that an error before it keeps its status; then send events."""
-        try:
+        with ExitStack() as undo:
+            undo.callback(stream.close)
             await unless_gone(request.receive, stream.overrun, stream.ready())
-        except BaseException:
-            stream.close()
-            raise
+            undo.pop_all()
         events, errors = self._events(stream), self.dialect.errors
         return EventStream(events, stream, error_body=errors.body, on_end=self.metrics.end)
 

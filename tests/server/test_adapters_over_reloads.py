@@ -188,3 +188,18 @@ async def test_credentials_in_a_loading_path_are_refused_with_its_place(tmp_path
         place = f"{path}: lora_options.dynamic_lora_loading_path of 'base'"
         assert (code, answer["error"].startswith(f"Reloading config file failed. {place}: ")) == (412, True)
         assert "secret" not in answer["error"]
+
+
+async def test_who_is_still_looked_for_when_a_drain_begins_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapters(tmp_path / "found", "later")
+    path = write_lora_config(tmp_path, lora_options={"dynamic_lora_loading_path": "found"})
+    async with serving(source=path) as served:
+
+        async def find_at_last(*_: Any) -> bool:
+            served.state.lifecycle.draining = True
+            return True
+
+        monkeypatch.setattr("ovms_lora.server.state.is_found", find_at_last)
+        assert await status(served, "later") == 503
