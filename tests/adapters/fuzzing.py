@@ -24,6 +24,7 @@ from ovms_lora.adapters.peft_config import CONFIG_NAME
 from ovms_lora.adapters.safetensors_file import WEIGHTS_NAME
 from ovms_lora.core.errors import AdapterError
 from tests.adapters.adapter_files import tiny_base
+from tests.processor_time import uncollected
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = 0.1
@@ -117,6 +118,7 @@ def mutated(folder: Folder, rng: random.Random) -> Folder:
     return changed
 
 
+@uncollected()
 def violation(folder: Folder, place: Path) -> str | None:
     """Load a folder; return which promise it breaks, if any does: typed errors, at once, in little memory."""
     for name in {CONFIG_NAME, WEIGHTS_NAME, "tokenizer_config.json", "chat_template.jinja"} - folder.keys():

@@ -15,6 +15,7 @@ import pytest
 from ovms_lora.adapters.adapter import Adapter, BaseLinears, inspect_adapter, load_adapter
 from ovms_lora.core.errors import AdapterError
 from tests.adapters.adapter_files import PREFIX, Array, good_config, good_tensors, tiny_base, write_adapter
+from tests.processor_time import at_most
 
 Tensors = dict[str, Array]
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
@@ -28,10 +29,8 @@ def load(folder: Path, base: BaseLinears | None = None, *, max_lora_rank: int = 
 
 
 def refusal(folder: Path, **how: Any) -> AdapterError:
-    started = time.thread_time()
-    with pytest.raises(AdapterError) as caught:
+    with at_most(0.1), pytest.raises(AdapterError) as caught:
         load(folder, **how)
-    assert time.thread_time() - started < 0.1
     assert caught.value.message.isprintable()
     return caught.value
 
@@ -260,6 +259,5 @@ def test_a_configuration_with_thousands_of_patterns_is_quick(tmp_path: Path) -> 
     patterns = {f"model.layers.{n}.self_attn.q_projection": 3 for n in range(2000)}
     config = good_config(rank_pattern=patterns, alpha_pattern=patterns)
     write_adapter(tmp_path, config=json.dumps(config).encode(), tensors=good_tensors(base))
-    started = time.thread_time()
-    assert load(tmp_path, base).max_rank == 2
-    assert time.thread_time() - started < 1
+    with at_most(1):
+        assert load(tmp_path, base).max_rank == 2
