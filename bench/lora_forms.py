@@ -32,7 +32,7 @@ from ovms_lora.engine.device import openvino_core
 from ovms_lora.engine.graph_source import GraphSource
 from ovms_lora.engine.linears import find_linears, group_linears
 from ovms_lora.engine.lora_graph import LoraForm, LoraLayout, insert_lora
-from ovms_lora.engine.lora_rows import RowSpan, SequenceTiles, plan_tiles
+from ovms_lora.engine.lora_rows import RowSpan, SequenceTiles, TileSet, plan_tiles
 from ovms_lora.engine.lora_states import LoraStates
 from ovms_lora.engine.model import read_options
 
@@ -161,7 +161,7 @@ def _tiled(stack: LinearStack, adapters: list[Weights], batch: int, dtype: str) 
 def _set_rows(request: ov.InferRequest, layout: LoraLayout, batch: int, used: int) -> None:
     one = np.ones(1, np.float32)
     spans = [RowSpan(row, 1, SequenceTiles(np.array([row % used]), one)) for row in range(batch)]
-    plan = plan_tiles(spans, num_rows=batch, num_tiles=used, may_be_empty=False)
+    plan = plan_tiles(spans, num_rows=batch, held=TileSet(used), may_be_empty=False)
     names = layout.rows
     assert names, "there are layers with LoRA"
     request.set_tensor(names.tile_rows, ov.Tensor(plan.tile_rows))

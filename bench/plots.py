@@ -152,6 +152,13 @@ _PLOTS: dict[str, dict[str, Callable[[Any, Result], None]]] = {
             xlabel="registered",
             ylabel="tokens/s",
         ),
+        "resident": _over(
+            "resident",
+            "ttft_ms",
+            title="First token of 256, of one adapter among many",
+            xlabel="resident",
+            ylabel="ms",
+        ),
         "prompt": _over("prompt", "ttft_ms", title="Time to the first token", xlabel="prompt tokens", ylabel="ms"),
         "rank": _over(
             "rank", "tokens_per_second", title="8 adapters in 16 rows, by rank", xlabel="rank", ylabel="tokens/s"

@@ -1,4 +1,4 @@
-"""BoundGraph: one compiled graph with its input tensors, and the LoRA inputs among them.
+"""BoundGraph: one infer request of a compiled graph with its input tensors, and the LoRA inputs among them.
 
 Sets only what has changed; knows chunks and tiles, and nothing of how the values of other inputs come about.
 """
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from ovms_lora.engine.graph_source import CompiledGraph
 from ovms_lora.engine.lora_graph import RowInputs
-from ovms_lora.engine.lora_rows import RowSpan, TilePlan, plan_tiles
+from ovms_lora.engine.lora_rows import RowSpan, TilePlan, TileSet, plan_tiles
+from ovms_lora.engine.lora_states import LoraStates
 from ovms_lora.engine.scheduler import Chunk
 
 
@@ -36,14 +36,17 @@ class _Input:
 
 
 class BoundGraph:
-    """One compiled graph with its input tensors."""
+    """One infer request with its input tensors; `states` are its LoRA states, if the graph has any."""
 
-    def __init__(self, graph: CompiledGraph, cache: Mapping[str, ov.Tensor]) -> None:
-        self.request, self.states = graph.request, graph.states
+    def __init__(
+        self, request: ov.InferRequest, cache: Mapping[str, ov.Tensor], states: LoraStates | None = None
+    ) -> None:
+        self.request = request
+        self._states = states
         for name, tensor in cache.items():
             self.request.set_tensor(name, tensor)
         self._inputs: dict[str, _Input] = {}
-        layout = graph.states.layout if graph.states else None
+        layout = states.layout if states else None
         self._rows = _BoundRows(self.set, layout.rows) if layout and layout.rows else None
         self._head_rows = _BoundRows(self.set, layout.head_rows) if layout and layout.head_rows else None
 
@@ -55,10 +58,10 @@ class BoundGraph:
 
     def set_rows(self, chunks: Sequence[Chunk]) -> None:
         """Say which rows use which adapters, where the graph wants to know."""
-        if self.states and self._rows:
-            self._rows.set(chunks, [chunk.count for chunk in chunks], self.states.count)
-        if self.states and self._head_rows:
-            self._head_rows.set(chunks, [chunk.num_sampled for chunk in chunks], self.states.count)
+        if self._states and self._rows:
+            self._rows.set(chunks, [chunk.count for chunk in chunks], self._states.held)
+        if self._states and self._head_rows:
+            self._head_rows.set(chunks, [chunk.num_sampled for chunk in chunks], self._states.held)
 
 
 class _BoundRows:
@@ -66,20 +69,20 @@ class _BoundRows:
 
     def __init__(self, set_input: Callable[[str, npt.ArrayLike, type[np.generic]], None], names: RowInputs) -> None:
         self._set_input, self._names = set_input, names
-        self._last: tuple[list[RowSpan], int, int] | None = None
+        self._last: tuple[list[RowSpan], int, TileSet] | None = None
 
-    def set(self, chunks: Sequence[Chunk], counts: Sequence[int], num_tiles: int) -> None:
+    def set(self, chunks: Sequence[Chunk], counts: Sequence[int], held: TileSet) -> None:
         """Set what `counts` rows of each chunk use."""
         spans, begin = [], 0
         for chunk, count in zip(chunks, counts, strict=True):
             if chunk.sequence.tiles is not None and count:
                 spans.append(RowSpan(begin, count, chunk.sequence.tiles))
             begin += count
-        now = (spans, begin, num_tiles)
+        now = (spans, begin, held)
         if now == self._last:
             return
         self._last = None  # until all of it is set: memory may be refused in between
-        plan = plan_tiles(spans, num_rows=begin, num_tiles=num_tiles, may_be_empty=self._names.form.zero_row)
+        plan = plan_tiles(spans, num_rows=begin, held=held, may_be_empty=self._names.form.zero_row)
         assert self._names.form.sums or not len(plan.sum_rows), "a graph without sums takes rows with one tile"
         self._set_plan(plan)
         self._last = now

@@ -22,8 +22,9 @@ from ovms_lora.core.errors import ModelFolderError, NoMemoryError
 from ovms_lora.engine.device import device_error, openvino_core
 from ovms_lora.engine.kept_graph import KeptGraph
 from ovms_lora.engine.linears import LinearGroup, find_linears, group_linears
-from ovms_lora.engine.lora_graph import LoraForm, LoraLayout, insert_lora
+from ovms_lora.engine.lora_graph import LoraForm, insert_lora
 from ovms_lora.engine.lora_states import LoraStates
+from ovms_lora.engine.lora_tiles import LoraTiles
 from ovms_lora.engine.memory import available_memory
 from ovms_lora.engine.paged_graph import find_ir, head_of, read_paged_model
 
@@ -46,10 +47,10 @@ class LoraTargets:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompiledGraph:
-    """One compiled graph; `states` is None for a plain one."""
+    """One compiled graph; `tiles` is None for a plain one."""
 
     request: ov.InferRequest
-    states: LoraStates | None
+    tiles: LoraTiles | None
     vocab_size: int
 
 
@@ -123,16 +124,20 @@ class GraphSource:
         form = LoraForm(lora.width, lora.dtype, sums=lora.sums, zero_row=self._needs_zero_row)
         layout = insert_lora(model, groups, lora.paths, form, head=self.linears.output_head or "")
         model.validate_nodes_and_infer_types()
-        return _ready(self._on_device(lambda: self._compiled(model)), layout)
+        compiled = self._on_device(lambda: self._compiled(model))
+        resident, active = (LoraStates(compiled.create_infer_request(), layout) for _ in range(2))
+        weights = sum(shape.out_features * shape.in_features for shape in self.linears.shapes.values())
+        tiles = LoraTiles(resident, active, model_size=weights / layout.tile_weights)
+        return CompiledGraph(resident.request, tiles, _vocab_size(compiled))
 
     def _compile_kept(self) -> CompiledGraph:
         compiled = self._kept.load() if self._kept else None
-        return _ready(compiled) if compiled else self.compile()
+        return _plain(compiled) if compiled else self.compile()
 
     def _compile_plain(self, model: ov.Model) -> CompiledGraph:
         # What is kept is held twice while it is written.
         kept = self._kept if self.affords_plain else None
-        return _ready(self._on_device(lambda: kept.compile(model) if kept else self._compiled(model)))
+        return _plain(self._on_device(lambda: kept.compile(model) if kept else self._compiled(model)))
 
     def _grouped(self) -> tuple[ov.Model, list[LinearGroup]]:
         try:
@@ -169,7 +174,10 @@ class GraphSource:
         return bool(np.any(found[0]))
 
 
-def _ready(compiled: ov.CompiledModel, layout: LoraLayout | None = None) -> CompiledGraph:
-    request = compiled.create_infer_request()
-    vocab_size = compiled.output("logits").partial_shape[-1].get_length()
-    return CompiledGraph(request, LoraStates(request, layout) if layout else None, vocab_size)
+def _plain(compiled: ov.CompiledModel) -> CompiledGraph:
+    return CompiledGraph(compiled.create_infer_request(), None, _vocab_size(compiled))
+
+
+def _vocab_size(compiled: ov.CompiledModel) -> int:
+    size: int = compiled.output("logits").partial_shape[-1].get_length()
+    return size

@@ -125,6 +125,14 @@ class LoraLayout:
         """The linears that can take a LoRA."""
         return frozenset(path for group in self.groups for path in group.paths)
 
+    @property
+    def tile_weights(self) -> int:
+        """The numbers in one tile, of A and B together."""
+        return sum(
+            self.form.width * (len(group.paths) * group.in_features + len(group.owners) * group.chunk_width)
+            for group in self.groups
+        )
+
 
 class _Parameters:
     """The inputs that are added to a model, each made when first asked for."""

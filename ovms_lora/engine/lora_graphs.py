@@ -56,7 +56,7 @@ class LoraGraphs:
         graph = self._source.compile(self._targets) if self._targets.paths else None
         rank = self._needed_rank(entries)
         self._residency = LoraResidency(
-            graph.states if graph else None, total_rank=rank, max_loras=self._options.max_loras
+            graph.tiles if graph else None, total_rank=rank, max_loras=self._options.max_loras
         )
         self.name(entries)
         return graph
@@ -131,8 +131,8 @@ class LoraGraphs:
             raise device_error(error, "the graph of the adapters") from error
 
     def _adopt(self, graph: CompiledGraph, targets: LoraTargets) -> None:
-        assert self._runner and graph.states, "attached, and compiled with states"
-        self.residency.move(graph.states)  # first: it may find no memory, and then leaves all as it is
+        assert self._runner and graph.tiles, "attached, and compiled with states"
+        self.residency.move(graph.tiles)  # first: it may find no memory, and then leaves all as it is
         self._runner.adopt(graph, keep_plain=self._source.affords_plain)
         self._targets = targets
 

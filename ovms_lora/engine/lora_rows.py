@@ -28,6 +28,18 @@ class SequenceTiles:
 
 
 @dataclass(frozen=True, slots=True)
+class TileSet:
+    """The tiles that a request's states hold: all `count` of them in their order, or copies of some, ascending."""
+
+    count: int
+    copies: tuple[int, ...] | None = None
+
+    def places(self, tiles: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        """Return where these tiles stand."""
+        return tiles if self.copies is None else np.searchsorted(self.copies, tiles)
+
+
+@dataclass(frozen=True, slots=True)
 class RowSpan:
     """`count` rows from `begin` that use the same tiles."""
 
@@ -64,19 +76,20 @@ class TilePlan:
         return places
 
 
-def plan_tiles(spans: Sequence[RowSpan], *, num_rows: int, num_tiles: int, may_be_empty: bool) -> TilePlan:
-    """Place the rows of the spans in the tiles that they use; the other rows use nothing.
+def plan_tiles(spans: Sequence[RowSpan], *, num_rows: int, held: TileSet, may_be_empty: bool) -> TilePlan:
+    """Place the rows of the spans in the tiles that they use, which are among those held; the other rows use nothing.
 
     Without `may_be_empty` there are positions even when no row uses a tile; nothing reads what is computed there.
     """
     if not spans:
-        rows = tiles = np.zeros(0, np.int32)
+        rows = tiles = np.zeros(0, np.intp)
         alphas, first = np.zeros(0, np.float32), np.zeros(0, bool)
     else:
         rows = np.concatenate([np.repeat(np.arange(s.begin, s.begin + s.count), len(s.use.tiles)) for s in spans])
-        tiles = np.concatenate([np.tile(span.use.tiles, span.count) for span in spans])
+        tiles = held.places(np.concatenate([np.tile(span.use.tiles, span.count) for span in spans]))
         alphas = np.concatenate([np.tile(span.use.alphas, span.count) for span in spans])
         first = np.concatenate([np.tile(np.arange(len(s.use.tiles)) == 0, s.count) for s in spans])
+    num_tiles = held.count
     counts = np.bincount(tiles, minlength=num_tiles)
     most = max(int(counts.max(initial=0)), 0 if may_be_empty else 1)
     order = np.argsort(tiles, kind="stable")

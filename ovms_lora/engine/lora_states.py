@@ -15,6 +15,7 @@ import openvino as ov
 
 from ovms_lora.adapters.adapter import Adapter, LoraPair
 from ovms_lora.engine.lora_graph import EMPTY, LoraLayout, LoraSlotGroup
+from ovms_lora.engine.lora_rows import TileSet
 
 TileIndices = npt.NDArray[np.intp]
 
@@ -43,8 +44,8 @@ class LoraStates:
 
     def __init__(self, request: ov.InferRequest, layout: LoraLayout) -> None:
         self.layout = layout
-        self.count = 0
-        self._request = request
+        self.request = request
+        self.held = TileSet(0)
         self._dtype = host_dtype(layout.form.dtype)
         self._states = {state.name: state for state in request.query_state()}
         # A device in the process's own memory gives its tensor, others a copy that has to be set again.
@@ -52,6 +53,11 @@ class LoraStates:
         self._opened: list[_Opened] = []  # what shares memory with the device, once it is wanted
         request.set_tensor(EMPTY, ov.Tensor(np.zeros((0, 1, 1), np.float32)))
         self.resize(0)
+
+    @property
+    def count(self) -> int:
+        """The tiles."""
+        return self.held.count
 
     @property
     def width(self) -> int:
@@ -70,13 +76,32 @@ class LoraStates:
                     kept = min(old.shape[1], count)
                     self._view(new).reshape(parts, count, rows, columns)[:, :kept] = old[:, :kept]
                 self._states[name].state = new
-            owners = group.owner_input()
-            if owners:
-                # h stands by linear, then tile; each chunk takes the tiles of the linear that it belongs to.
-                order = np.array(group.owners)[:, None] * count + np.arange(count)
-                self._request.set_tensor(owners, ov.Tensor(order.astype(np.int32).reshape(-1)))
-        self._copies = bool(count) and not self._shares_memory()
-        self.count = count
+            self._set_owners(group, count)
+        self._have(TileSet(count))
+
+    def take(self, tiles: TileIndices, other: LoraStates) -> None:
+        """Have copies of these tiles of another request of the same graph, and no others."""
+        self._opened, count = [], len(tiles)
+        for group, theirs in zip(self.layout.groups, other._open(), strict=True):
+            for (name, parts, rows, columns), tensors in zip(self._shapes(group), (theirs.a, theirs.b), strict=True):
+                new = self._unset([parts * count, rows, columns])
+                view = self._view(new).reshape(parts, count, rows, columns)
+                for place, tile in enumerate(tiles):  # as one numpy call it takes several times as long
+                    view[:, place] = tensors[:, tile]
+                self._states[name].state = new
+            self._set_owners(group, count)
+        self._have(TileSet(count, tuple(tiles.tolist())))
+
+    def _have(self, held: TileSet) -> None:
+        self._copies = bool(held.count) and not self._shares_memory()
+        self.held = held
+
+    def _set_owners(self, group: LoraSlotGroup, count: int) -> None:
+        owners = group.owner_input()
+        if owners:
+            # h stands by linear, then tile; each chunk takes the tiles of the linear that it belongs to.
+            order = np.array(group.owners)[:, None] * count + np.arange(count)
+            self.request.set_tensor(owners, ov.Tensor(order.astype(np.int32).reshape(-1)))
 
     def write(self, tiles: TileIndices, adapter: Adapter) -> None:
         """Put an adapter into these tiles, one for each `width` of its largest rank.
@@ -92,9 +117,12 @@ class LoraStates:
             for pair, place, chunks in pairs:
                 if pair:
                     self._write_pair(group.a[place], group.b[chunks], tiles, pair)
-            if self._copies:
-                for name, tensor in zip(group.names, group.tensors, strict=True):
-                    self._states[name].state = tensor
+            self._hand_in(group)
+
+    def _hand_in(self, group: _Opened) -> None:
+        if self._copies:
+            for name, tensor in zip(group.names, group.tensors, strict=True):
+                self._states[name].state = tensor
 
     def _write_pair(self, a: npt.NDArray[Any], b: npt.NDArray[Any], tiles: TileIndices, pair: LoraPair) -> None:
         """Write one linear: a [S, in, width], b [its chunks, S, width, c]."""
@@ -133,9 +161,12 @@ class LoraStates:
         return self._view(tensor).reshape(parts, self.count, rows, columns)
 
     def _tensor(self, shape: list[int]) -> ov.Tensor:
-        tensor = ov.Tensor(ov.Type.f32 if self.layout.form.dtype == "f32" else ov.Type.bf16, ov.Shape(shape))
+        tensor = self._unset(shape)
         self._view(tensor)[...] = 0
         return tensor
+
+    def _unset(self, shape: list[int]) -> ov.Tensor:
+        return ov.Tensor(ov.Type.f32 if self.layout.form.dtype == "f32" else ov.Type.bf16, ov.Shape(shape))
 
     def _shares_memory(self) -> bool:
         state = self._states[self.layout.groups[0].a]

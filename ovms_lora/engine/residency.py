@@ -27,9 +27,11 @@ from ovms_lora.engine.sequence import Sequence
 
 
 class TileStates(Protocol):
-    """Where adapters are written; `LoraStates` on a device."""
+    """Where adapters are written; `LoraTiles` on a device."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """The tiles."""
 
     @property
     def width(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import compress
 from typing import Protocol
 
 import numpy as np
@@ -51,7 +52,8 @@ class ModelRunner(Protocol):
 class OpenVinoRunner:
     """A ModelRunner over one OpenVINO device. Holds the KV cache, which outlives a change of the graph.
 
-    With a plain graph beside one with LoRA, steps in which no row uses an adapter run on the plain one.
+    With a plain graph beside one with LoRA, steps in which no row uses an adapter run on the plain one. Of the others
+    each chunk runs where its tiles stand with the fewest unused ones beside them; see `LoraTiles`.
     """
 
     copies_blocks = True  # the caches are host tensors
@@ -67,17 +69,22 @@ class OpenVinoRunner:
         self._cache = {port.any_name: _cache_tensor(port, self.num_blocks) for port in caches}
         # Rows of bytes, whatever type and layout the device has chosen for a block.
         self._blocks = [tensor.data.reshape(self.num_blocks, -1).view(np.uint8) for tensor in self._cache.values()]
-        self._graph = BoundGraph(graph, self._cache)
-        self._plain = BoundGraph(plain, self._cache) if plain else None
+        self._plain = BoundGraph(plain.request, self._cache) if plain else None
+        self._bind(graph)
 
     def adopt(self, graph: CompiledGraph, *, keep_plain: bool) -> None:
         """Run on another graph of the same model from now on; between two steps.
 
         With `keep_plain` a plain graph that it has run on so far stays beside it.
         """
-        if self._graph.states is None:
+        if self._tiles is None:
             self._plain = self._graph if keep_plain else None
-        self._graph = BoundGraph(graph, self._cache)
+        self._bind(graph)
+
+    def _bind(self, graph: CompiledGraph) -> None:
+        self._tiles = tiles = graph.tiles
+        self._graph = BoundGraph(graph.request, self._cache, tiles.resident if tiles else None)
+        self._active = BoundGraph(tiles.active.request, self._cache, tiles.active) if tiles else None
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy blocks; see ModelRunner."""
@@ -87,15 +94,29 @@ class OpenVinoRunner:
 
     def run(self, chunks: Sequence[Chunk]) -> FloatArray:
         """Compute one step; see ModelRunner."""
-        adapted = any(chunk.sequence.tiles is not None for chunk in chunks)
-        graph = self._graph if adapted or self._plain is None else self._plain
         try:
-            self._feed(graph, chunks)
-            graph.set_rows(chunks)
-            graph.request.start_async()
-            graph.request.wait()
+            if not any(chunk.sequence.tiles is not None for chunk in chunks):
+                return self._infer(self._plain or self._graph, chunks)
+            return self._infer_adapted(chunks)
         except (RuntimeError, MemoryError) as error:
             raise device_error(error, "a step") from error
+
+    def _infer_adapted(self, chunks: Sequence[Chunk]) -> FloatArray:
+        assert self._tiles and self._active, "sequences have tiles in a graph with LoRA"
+        on_active = self._tiles.divide(chunks)
+        if on_active.all() or not on_active.any():
+            return self._infer(self._active if on_active.all() else self._graph, chunks)
+        rows = np.repeat(on_active, [chunk.num_sampled for chunk in chunks])
+        logits = np.empty((len(rows), self.vocab_size), np.float32)
+        logits[rows] = self._infer(self._active, list(compress(chunks, on_active)))
+        logits[~rows] = self._infer(self._graph, list(compress(chunks, ~on_active)))
+        return logits
+
+    def _infer(self, graph: BoundGraph, chunks: Sequence[Chunk]) -> FloatArray:
+        self._feed(graph, chunks)
+        graph.set_rows(chunks)
+        graph.request.start_async()
+        graph.request.wait()
         logits: FloatArray = graph.request.get_output_tensor(0).data
         return logits.reshape(-1, self.vocab_size)
 

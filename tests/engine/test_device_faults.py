@@ -77,7 +77,7 @@ class Request:
 
 
 def runner_on(infer: Request) -> OpenVinoRunner:
-    graph = SimpleNamespace(request=infer, states=None, vocab_size=16)
+    graph = SimpleNamespace(request=infer, tiles=None, vocab_size=16)
     options: Any = SimpleNamespace(cache_size=0, max_num_seqs=2)
     return OpenVinoRunner(graph, options, max_model_len=16)  # type: ignore[arg-type]
 

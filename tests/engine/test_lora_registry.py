@@ -113,7 +113,7 @@ class FakeDevice:
 
     def adopt(self, graph: CompiledGraph, *, keep_plain: bool) -> None:
         assert keep_plain == self.affords_plain
-        self.states = cast("FakeStates | None", graph.states)
+        self.states = cast("FakeStates | None", graph.tiles)
 
     def call(self, work: Callable[[], T]) -> T:
         return work()

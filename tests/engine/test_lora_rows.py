@@ -7,7 +7,7 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovms_lora.engine.lora_rows import RowSpan, SequenceTiles, TilePlan, plan_tiles
+from ovms_lora.engine.lora_rows import RowSpan, SequenceTiles, TilePlan, TileSet, plan_tiles
 
 
 def followed(plan: TilePlan, deltas: npt.NDArray[np.float64], chunks: int) -> npt.NDArray[np.float64]:
@@ -49,19 +49,19 @@ def test_each_row_gets_the_sum_over_its_tiles(
         for row in range(span.begin, span.begin + span.count):
             for tile, alpha in zip(span.use.tiles, span.use.alphas, strict=True):
                 wanted[row] += alpha * (row + 1) * deltas[tile]
-    plan = plan_tiles(spans, num_rows=num_rows, num_tiles=num_tiles, may_be_empty=may_be_empty)
+    plan = plan_tiles(spans, num_rows=num_rows, held=TileSet(num_tiles), may_be_empty=may_be_empty)
     assert plan.tile_rows.size or may_be_empty
     np.testing.assert_allclose(followed(plan, deltas, chunks), wanted)
     assert plan.tile_rows.dtype == plan.position.dtype == plan.place(chunks).dtype == plan.sum_rows.dtype == np.int32
 
 
 def test_a_step_without_adapters_computes_nothing() -> None:
-    plan = plan_tiles([], num_rows=3, num_tiles=4, may_be_empty=True)
+    plan = plan_tiles([], num_rows=3, held=TileSet(4), may_be_empty=True)
     assert plan.tile_rows.size == 0
     assert plan.place(2).tolist() == [[0, 0]] * 3, "one past the end of nothing"
     assert not plan.alpha.any() and not plan.sum_rows.size
 
 
 def test_a_graph_without_tiles_takes_base_rows() -> None:
-    plan = plan_tiles([], num_rows=2, num_tiles=0, may_be_empty=True)
+    plan = plan_tiles([], num_rows=2, held=TileSet(0), may_be_empty=True)
     assert plan.tile_rows.size == 0 and plan.place(1).tolist() == [[0], [0]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,11 +65,16 @@ class Toy:
     request: ov.InferRequest
     states: LoraStates
 
+    def beside(self) -> Toy:
+        """Return another infer request of the same graph, without tiles."""
+        request = self.request.get_compiled_model().create_infer_request()
+        return replace(self, request=request, states=LoraStates(request, self.layout))
+
     def run(self, x: Array, uses: Mapping[int, SequenceTiles]) -> list[Array]:
         """Give v and head for x [T, 4]; the rows named in `uses` use these tiles."""
         spans = [RowSpan(row, 1, use) for row, use in uses.items()]
         empty = self.layout.form.zero_row
-        plan = plan_tiles(spans, num_rows=len(x), num_tiles=self.states.count, may_be_empty=empty)
+        plan = plan_tiles(spans, num_rows=len(x), held=self.states.held, may_be_empty=empty)
         feeds: dict[str, npt.NDArray[Any]] = {"x": x[:, None]}
         for names in (self.layout.rows, self.layout.head_rows):
             if names is None:
