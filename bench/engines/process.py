@@ -16,7 +16,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.engines.job import Answer, Job, Setup
-from bench.models import ROOT
+from bench.models import CACHE, ROOT
+
+# Of engines whose packages cannot stand beside ours.
+ENVIRONMENTS = {"vllm": CACHE / "vllm"}
 
 
 class EngineProcess:
@@ -25,7 +28,8 @@ class EngineProcess:
     def __init__(self, engine: str, setup: Setup) -> None:
         self._name = engine
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # closed with the process
-        command = [sys.executable, "-m", "bench.engines.worker"]
+        python = str(ENVIRONMENTS[engine] / "bin" / "python") if engine in ENVIRONMENTS else sys.executable
+        command = [python, "-m", "bench.engines.worker"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self._log, text=True)
         self._ask({"engine": engine, "setup": asdict(setup)})

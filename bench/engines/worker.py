@@ -18,6 +18,7 @@ from bench.engines.job import Job, Setup, Start
 _ENGINES = {
     "ovms-lora": ("bench.engines.own", "Own"),
     "genai": ("bench.engines.genai", "GenAI"),
+    "vllm": ("bench.engines.vllm", "Vllm"),
     "llama.cpp": ("bench.engines.llama_cpp", "LlamaCpp"),
     "peft": ("bench.engines.peft_torch", "PeftTorch"),
 }

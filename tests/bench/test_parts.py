@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import side_by_side
+from bench.engines.process import ENVIRONMENTS
 from bench.models import tiny
 from bench.part import Part, Plan, Row
 from bench.parts import PARTS
@@ -63,6 +64,15 @@ def test_engines_are_compared_side_by_side(model: Path, tmp_path: Path, monkeypa
     assert [row["same_first_tokens"] for row in rows if row["case"] == "plain"] == [1.0] * 3 * len(taking_part)
     (plot,) = draw([Result("side_by_side", "tiny", rows, machine())], tmp_path)
     assert plot.stat().st_size > 1000
+
+
+def test_an_engine_of_another_environment_takes_part_when_that_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRONMENTS, "vllm", tmp_path)
+    assert "vllm" not in installed()
+    (tmp_path / ".ready").touch()
+    assert "vllm" in installed()
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part.name != "side_by_side"], ids=lambda part: part.name)
