@@ -10,7 +10,7 @@ from bench.results import Result
 
 SMOLLM2, LLAMA_1B = "smollm2", "llama-1b"
 _OWN, _GENAI, _LLAMA_CPP, _VLLM = "ovms-lora", "genai", "llama.cpp", "vllm"
-# Others' rates with 8 adapters one after another are measured with as many adapters and tokens as ours.
+# Others' rates with 8 adapters are measured with as many adapters and tokens as ours; vLLM mixes them, too.
 _MIXED = "8 adapters"
 _CLOSE = 0.9  # of what the machine allows: then a target that it does not allow counts as met
 

@@ -36,7 +36,10 @@ class TileSet:
 
     def places(self, tiles: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """Return where these tiles stand."""
-        return tiles if self.copies is None else np.searchsorted(self.copies, tiles)
+        if self.copies is None:
+            return tiles
+        assert set(self.copies).issuperset(tiles.tolist()), "rows use tiles that are here"
+        return np.searchsorted(self.copies, tiles)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,13 +81,23 @@ class LoraStates:
 
     def take(self, tiles: TileIndices, other: LoraStates) -> None:
         """Have copies of these tiles of another request of the same graph, and no others."""
-        self._opened, count = [], len(tiles)
+        if len(tiles) == self.count:
+            opened = zip(self._open(), other._open(), strict=True)
+            self.held = TileSet(0)  # none, where the device fails half-way
+            for mine, theirs in opened:
+                _copy_tiles(theirs.a, tiles, mine.a)
+                _copy_tiles(theirs.b, tiles, mine.b)
+                self._hand_in(mine)
+            self.held = TileSet(len(tiles), tuple(tiles.tolist()))
+        else:
+            self._take_anew(tiles, other)
+
+    def _take_anew(self, tiles: TileIndices, other: LoraStates) -> None:
+        self._opened, self.held, count = [], TileSet(0), len(tiles)  # likewise
         for group, theirs in zip(self.layout.groups, other._open(), strict=True):
             for (name, parts, rows, columns), tensors in zip(self._shapes(group), (theirs.a, theirs.b), strict=True):
                 new = self._unset([parts * count, rows, columns])
-                view = self._view(new).reshape(parts, count, rows, columns)
-                for place, tile in enumerate(tiles):  # as one numpy call it takes several times as long
-                    view[:, place] = tensors[:, tile]
+                _copy_tiles(tensors, tiles, self._view(new).reshape(parts, count, rows, columns))
                 self._states[name].state = new
             self._set_owners(group, count)
         self._have(TileSet(count, tuple(tiles.tolist())))
@@ -158,6 +168,8 @@ class LoraStates:
 
     def _tiles(self, tensor: ov.Tensor, shape: list[int]) -> npt.NDArray[Any]:
         parts, rows, columns = shape
+        if tensor.size != parts * self.count * rows * columns:
+            raise RuntimeError("memory was refused to some of the states")
         return self._view(tensor).reshape(parts, self.count, rows, columns)
 
     def _tensor(self, shape: list[int]) -> ov.Tensor:
@@ -180,3 +192,9 @@ class LoraStates:
         # OpenVINO shows bf16 as some 16-bit numpy type; the bits are what counts.
         view: npt.NDArray[Any] = tensor.data.view(self._dtype)
         return view
+
+
+def _copy_tiles(source: npt.NDArray[Any], tiles: TileIndices, target: npt.NDArray[Any]) -> None:
+    """Copy tiles of [parts, S, rows, columns] to the places from 0 on."""
+    for place, tile in enumerate(tiles):  # as one call of numpy it takes several times as long
+        target[:, place] = source[:, tile]

@@ -6,7 +6,7 @@
 A product computes as many positions for each tile as the busiest one has rows, whether the others have any or not. So
 adapters that nobody uses at the time cost as much as those in use, and a long prompt of one pays for all of them. The
 second request of the same graph holds few tiles; a step runs on it as a whole, or its long chunks do. Copying takes
-time, too: it waits until staying has cost as much, so that both together are at most twice the least (ski rental).
+time, too: it waits until staying has cost as much more, and so never takes more than it might have saved (ski rental).
 
 Belongs to the engine thread. Knows which tiles rows use, and nothing of aliases.
 """
@@ -26,7 +26,9 @@ from ovms_lora.engine.scheduler import Chunk
 
 # Costs are counted in rows of one tile. Measured on CPU with SmolLM2 and the 1B shape, tiles of 16 rank rows.
 _READING = 8  # to read a tile takes as long as to compute so many rows; so does the model with rows of its own
-_COPYING = 64
+_COPYING = 64  # for each tile; where their number changes, memory is taken anew, too
+_TAKING = 128
+_MOST_REGRETS = 256  # sets of tiles that are remembered
 
 Mask = npt.NDArray[np.bool_]
 _Rows = npt.NDArray[np.intp]  # of each resident tile
@@ -49,7 +51,8 @@ class LoraTiles:
         self.active = active
         self._pass_cost = _READING * model_size
         self._copied: frozenset[int] = frozenset()
-        self._regret = 0.0  # how much less the steps since the last copying would have cost with other copies
+        # How much less steps would have cost with copies of these tiles, since they were copied last.
+        self._regrets: dict[tuple[int, ...], float] = {}
 
     @property
     def count(self) -> int:
@@ -65,12 +68,17 @@ class LoraTiles:
         """Have this many resident tiles; see `LoraStates`."""
         if count < self.count:
             self._forget()
-        self.resident.resize(count)
+        try:
+            self.resident.resize(count)
+        except (RuntimeError, MemoryError):
+            if not self.active.count:
+                raise
+            self._forget()  # the room that copies take comes after that of the tiles
+            self.resident.resize(count)
 
     def write(self, tiles: TileIndices, adapter: Adapter) -> None:
         """Put an adapter into these resident tiles; see `LoraStates`."""
-        if not self._copied.isdisjoint(tiles.tolist()):
-            self._copied = frozenset()
+        self._copied -= set(tiles.tolist())
         self.resident.write(tiles, adapter)
 
     def divide(self, chunks: Sequence[Chunk]) -> Mask:
@@ -78,21 +86,35 @@ class LoraTiles:
 
         Raises what the device does.
         """
+        all_resident = np.zeros(len(chunks), bool)
+        if self.count == 1:
+            return all_resident
         rows = self._rows(chunks)
-        now = best = _Plan(np.zeros(len(chunks), bool), np.zeros(0, np.intp), self.count * _positions(rows))
+        now = best = _Plan(all_resident, np.zeros(0, np.intp), self.count * _positions(rows))
         for on_active in self._divisions(chunks):
-            own = self._rows(compress(chunks, on_active))
+            whole = bool(on_active.all())
+            own = rows if whole else self._rows(compress(chunks, on_active))
             tiles = np.flatnonzero(own)
-            others = 0.0 if on_active.all() else self._pass_cost + self.count * _positions(rows - own)
+            others = 0.0 if whole else self._pass_cost + self.count * _positions(rows - own)
             if self._copied.issuperset(tiles.tolist()):
-                now = min(now, _Plan(on_active, tiles, len(self._copied) * _positions(own) + others), key=_cost)
+                now = min(now, _Plan(on_active, tiles, self.active.count * _positions(own) + others), key=_cost)
             if 2 * len(tiles) <= self.count:
                 best = min(best, _Plan(on_active, tiles, len(tiles) * _positions(own) + others), key=_cost)
-        if best.cost < now.cost:
-            self._regret += now.cost - best.cost
-            if self._regret >= _COPYING * len(best.tiles) and self._copy(best.tiles):
-                return best.on_active
+        if best.cost < now.cost and self._pays(best.tiles, now.cost - best.cost) and self._copy(best.tiles):
+            return best.on_active
         return now.on_active
+
+    def _pays(self, tiles: TileIndices, saved: float) -> bool:
+        """Note what copies of these tiles would save in this step; return whether they have paid for themselves."""
+        key = tuple(tiles.tolist())
+        if len(self._regrets) >= _MOST_REGRETS:
+            self._regrets.clear()
+        regret = self._regrets[key] = self._regrets.get(key, 0.0) + saved
+        price = _COPYING if len(tiles) == self.active.count else _COPYING + _TAKING
+        if regret < price * len(tiles):
+            return False
+        del self._regrets[key]
+        return True
 
     def _divisions(self, chunks: Sequence[Chunk]) -> Iterator[Mask]:
         """Name what may run on the active tiles: the step as a whole; its longest chunks, where others are shorter."""
@@ -111,7 +133,6 @@ class LoraTiles:
 
     def _copy(self, tiles: TileIndices) -> bool:
         """Make these tiles the active ones; False where memory is refused. Then none is active."""
-        self._regret = 0.0
         try:
             self.active.take(tiles, self.resident)
         except (RuntimeError, MemoryError):

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from ovms_lora.engine import lora_states
 from ovms_lora.engine.lora_rows import SequenceTiles
 from ovms_lora.engine.lora_states import TileIndices
 from ovms_lora.engine.lora_tiles import LoraTiles
@@ -31,11 +32,21 @@ class FakeStates(FakeTiles):
     """Tiles that can be copied, as long as there is memory."""
 
     refuses, copies = False, 0
+    room = 1000
+    held: Sequence[int] = ()
+
+    def resize(self, count: int) -> None:
+        if count > self.room:
+            raise MemoryError
+        super().resize(count)
+        self.held = self.held[:count]
 
     def take(self, tiles: TileIndices, other: FakeStates) -> None:
         if self.refuses:
+            self.owner = ["half"] * len(self.owner)
             raise MemoryError
         self.copies += 1
+        self.held = tiles.tolist()
         self.resize(len(tiles))
         self.owner = [other.owner[tile] for tile in tiles]
 
@@ -112,6 +123,51 @@ def test_where_memory_is_refused_all_run_on_what_is_there() -> None:
     assert device.step((200, 3)) == [True]
 
 
+def test_a_copy_that_failed_half_way_is_not_used() -> None:
+    device = Device()
+    assert device.step((200, 3)) == [True]
+    device.active.refuses = True
+    assert device.step((200, 5)) == [False]
+    assert device.step((1, 3)) == [False]
+
+
+def test_copies_make_room_for_an_adapter() -> None:
+    device = Device()
+    assert device.step((200, 3)) == [True]
+
+    def scarce(count: int) -> None:
+        if device.active.count:
+            raise MemoryError
+        FakeStates.resize(device.resident, count)
+
+    with mock.patch.object(device.resident, "resize", scarce):
+        device.tiles.resize(9)
+    assert (device.tiles.count, device.active.count) == (9, 0)
+    device.resident.room = 9
+    with pytest.raises(MemoryError):
+        device.tiles.resize(10)
+
+
+def test_what_is_overwritten_goes_and_its_neighbours_stay() -> None:
+    device = Device()
+    assert device.step((200, 3), (200, 5)) == [True, True]
+    device.tiles.write(np.array([5]), ADAPTERS["a"])
+    assert device.step((1, 3)) == [True]
+    assert device.step((1, 5)) == [False]
+
+
+def test_one_set_does_not_pay_for_another() -> None:
+    device = Device(count=32)
+    ten = [(1, tile) for tile in range(10)]
+    for number in range(15):
+        if number % 5 == 4:
+            assert device.step((200, 20)) == [True]
+        if all(device.step(*ten)):
+            break
+    else:
+        pytest.fail("the ten never get their tiles")
+
+
 def test_copies_go_with_what_they_were_made_of() -> None:
     device = Device()
     assert device.step((200, 7)) == [True]
@@ -140,21 +196,54 @@ class Changes(RuleBasedStateMachine):
     @rule(
         rows=st.lists(st.tuples(st.sampled_from([1, 2, 9, 60]), st.sets(st.integers(0, 8), max_size=3)), min_size=1),
         times=st.integers(1, 8),
+        refuses=st.booleans(),
     )
-    def step(self, rows: list[tuple[int, set[int]]], times: int) -> None:
+    def step(self, rows: list[tuple[int, set[int]]], times: int, refuses: bool) -> None:
         device = self.device
         chunks = [chunk(count, *(tile for tile in tiles if tile < device.tiles.count)) for count, tiles in rows]
         for _ in range(times):
+            device.active.refuses = refuses
             for each, on_active in zip(chunks, device.tiles.divide(chunks), strict=True):
                 used = each.sequence.tiles.tiles.tolist() if each.sequence.tiles else []
                 if on_active:
                     assert device.tiles._copied.issuperset(used)
-        owners = [device.resident.owner[tile] for tile in sorted(device.tiles._copied)]
-        assert not owners or owners == device.active.owner
+        places = dict(zip(device.active.held, device.active.owner, strict=True))
+        assert all(places[tile] == device.resident.owner[tile] for tile in device.tiles._copied)
 
 
 TestChanges = Changes.TestCase
 TestChanges.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.parametrize("fails_at", range(6))
+@pytest.mark.parametrize("taken", [[2], [2, 3]], ids=["as many", "more"])
+def test_a_device_that_fails_half_way_leaves_no_tiles_and_takes_them_again(taken: list[int], fails_at: int) -> None:
+    made = toy(tiles=4)
+    for tile in range(4):
+        made.states.write(np.array([tile]), adapter(dict.fromkeys(SHAPES, 2), seed=tile))
+    other = made.beside()
+    other.states.take(np.array([1]), made.states)
+    calls = 0
+
+    def failing(really: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fails_at + 1:
+                raise MemoryError
+            return really(*arguments)
+
+        return call
+
+    with mock.patch("ovms_lora.engine.lora_states._copy_tiles", failing(lora_states._copy_tiles)):
+        with pytest.raises(MemoryError):
+            other.states.take(np.array(taken), made.states)
+        assert other.states.count == 0
+    other.states.take(np.array(taken), made.states)
+    use = {0: SequenceTiles(np.array([2]), np.ones(1, np.float32))}
+    x = np.ones((1, 4), np.float32)
+    for found, wanted in zip(other.run(x, use), made.run(x, use), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])

@@ -45,7 +45,7 @@ class FakeGraphs:
     affords_plain = True
 
     def compile(self, targets: LoraTargets) -> SimpleNamespace:
-        return SimpleNamespace(states=FakeTiles(targets.width), targets=targets)
+        return SimpleNamespace(tiles=FakeTiles(targets.width), targets=targets)
 
 
 class AdoptingRunner:

@@ -32,7 +32,7 @@ class MemoryUse:
         return cls(
             profile.base_bytes,
             tokens * profile.kv_bytes_per_token,
-            limits.total_rank * profile.resident_bytes_per_rank,
+            limits.total_rank * profile.resident_bytes_per_rank * 3 // 2,  # half of them may be copied (LoraTiles)
             round(adapters * _host_bytes(profile, workload)),
         )
 

@@ -58,15 +58,15 @@ def test_goals_that_cannot_be_are_refused(text: str) -> None:
 
 def test_memory_is_the_sum_of_its_parts() -> None:
     used = MemoryUse.of(profile(), limits(), load(1.0, prompts="100", outputs="50"))
-    assert used == MemoryUse(10**9, 16 * 150 * 10**4, 128 * 10**6, 64 * 10**7)
-    assert used.total == 10**9 + 24 * 10**6 + 128 * 10**6 + 64 * 10**7
+    assert used == MemoryUse(10**9, 16 * 150 * 10**4, 192 * 10**6, 64 * 10**7)
+    assert used.total == 10**9 + 24 * 10**6 + 192 * 10**6 + 64 * 10**7
 
 
 def test_host_adapters_take_the_memory_that_is_left() -> None:
     workload = load(1.0, prompts="100", outputs="50", adapters=500)
     open_limits = limits(max_cpu_loras=0)
     assert fitted(profile(), open_limits, workload, None).max_cpu_loras == 64
-    assert fitted(profile(), open_limits, workload, 2e9).max_cpu_loras == 84
+    assert fitted(profile(), open_limits, workload, 2e9).max_cpu_loras == 78
     assert fitted(profile(), open_limits, load(1.0, adapters=20), 20e9).max_cpu_loras == 20
 
 
@@ -74,7 +74,7 @@ def test_memory_that_does_not_suffice_is_an_error_that_says_what_does() -> None:
     workload = load(1.0, prompts="100", outputs="50", adapters=500)
     with pytest.raises(PlanError, match=r"100 adapters in host memory do not fit into 2\.00 GB") as caught:
         fitted(profile(), limits(max_cpu_loras=100), workload, 2e9)
-    assert "--max_cpu_loras 84 fits" in (caught.value.hint or "")
+    assert "--max_cpu_loras 78 fits" in (caught.value.hint or "")
     with pytest.raises(PlanError, match="without adapters in host memory"):
         fitted(profile(), limits(), workload, 1e9)
 
