@@ -130,7 +130,7 @@ def test_the_first_signal_lets_streams_end_and_refuses_what_is_new(config: Path)
 def test_what_does_not_end_in_time_is_cut_and_says_so(config: Path) -> None:
     flags = ("--config_path", str(config), "--limit", "drain_seconds=0.5")
     with running(*flags) as run, httpx.Client(base_url=run.url(), timeout=60) as client:
-        body = request(BASE, max_tokens=TOKENS, n=16, stream=True)
+        body = request(BASE, max_tokens=TOKENS, n=100, stream=True)
         with client.stream("POST", "/v1/completions", json=body) as answer:
             heard = events(answer)
             next(heard)
