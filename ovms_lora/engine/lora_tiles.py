@@ -13,6 +13,7 @@ Belongs to the engine thread. Knows which tiles rows use, and nothing of aliases
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -23,6 +24,8 @@ import numpy.typing as npt
 from ovms_lora.adapters.adapter import Adapter
 from ovms_lora.engine.lora_states import LoraStates, TileIndices
 from ovms_lora.engine.scheduler import Chunk
+
+log = logging.getLogger(__name__)
 
 # Costs are counted in rows of one tile. Measured on CPU with SmolLM2 and the 1B shape, tiles of 16 rank rows.
 _READING = 8  # to read a tile takes as long as to compute so many rows; so does the model with rows of its own
@@ -100,8 +103,8 @@ class LoraTiles:
                 now = min(now, _Plan(on_active, tiles, self.active.count * _positions(own) + others), key=_cost)
             if 2 * len(tiles) <= self.count:
                 best = min(best, _Plan(on_active, tiles, len(tiles) * _positions(own) + others), key=_cost)
-        if best.cost < now.cost and self._pays(best.tiles, now.cost - best.cost) and self._copy(best.tiles):
-            return best.on_active
+        if best.cost < now.cost and self._pays(best.tiles, now.cost - best.cost):
+            return best.on_active if self._copy(best.tiles) else all_resident
         return now.on_active
 
     def _pays(self, tiles: TileIndices, saved: float) -> bool:
@@ -135,7 +138,8 @@ class LoraTiles:
         """Make these tiles the active ones; False where memory is refused. Then none is active."""
         try:
             self.active.take(tiles, self.resident)
-        except (RuntimeError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            log.warning("%d tiles were not copied, steps run on all resident ones: %s", len(tiles), error)
             self._forget()
             return False
         self._copied = frozenset(tiles.tolist())

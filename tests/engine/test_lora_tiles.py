@@ -131,6 +131,14 @@ def test_a_copy_that_failed_half_way_is_not_used() -> None:
     assert device.step((1, 3)) == [False]
 
 
+def test_where_fewer_copies_are_refused_nothing_runs_on_those_that_were_there() -> None:
+    device = Device()
+    assert device.step((200, 0), (200, 1), (200, 2)) == [True] * 3
+    device.active.refuses = True
+    assert device.step((200, 0)) == [False]
+    assert not device.active.count
+
+
 def test_copies_make_room_for_an_adapter() -> None:
     device = Device()
     assert device.step((200, 3)) == [True]
