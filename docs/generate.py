@@ -157,7 +157,9 @@ class _Models:
         stats = EngineStats(**counts | {"speculation": SpeculationStats()})
         model = SimpleNamespace(
             engine=SimpleNamespace(stats=lambda: stats),
-            lora=SimpleNamespace(cards=lambda: [AdapterCard("sql", "loras/sql")], loading_path=None),
+            lora=SimpleNamespace(
+                cards=lambda: [AdapterCard("sql", "loras/sql")], loading_path=None, graphs=SimpleNamespace(brought_in=0)
+            ),
         )
         self.served = [SimpleNamespace(name="m", model=model, spec=SimpleNamespace(lora=LoraConfig()))]
 

@@ -47,6 +47,11 @@ class LoraGraphs:
         """The digests of the adapters in the graph."""
         return self._residency.resident if self._residency else ()
 
+    @property
+    def brought_in(self) -> int:
+        """How often an adapter was written into the graph because a request had need of it."""
+        return self._residency.brought_in if self._residency else 0
+
     def compile(self, entries: Collection[Registered], *, sums: bool) -> CompiledGraph | None:
         """Compile the first graph for these adapters; None where none of them is there to need one.
 

@@ -60,7 +60,7 @@ class LoraResidency:
     def __init__(self, states: TileStates | None, *, total_rank: int, max_loras: int) -> None:
         self.total_rank = total_rank
         self.max_loras = max_loras
-        self.loads = 0
+        self.brought_in = 0
         self._states = states
         self._pinned: frozenset[str] = frozenset()
         self._named: frozenset[str] | None = None  # None: all of them
@@ -187,7 +187,7 @@ class LoraResidency:
         except (RuntimeError, MemoryError) as error:
             raise device_error(error, "the adapters of the request") from error
         self._free = self._free[count:]
-        self.loads += 1
+        self.brought_in += 1
         return _Resident(adapter, tiles)
 
     def _grow(self, states: TileStates, count: int) -> range:

@@ -109,15 +109,19 @@ class _Runtimes(Collector):
         resident = GaugeMetricFamily(
             "ovms_lora_resident", "Whether an adapter is in the graph's LoRA state", labels=("adapter",)
         )
+        brought_in = CounterMetricFamily(
+            "ovms_lora_brought_in", "Adapters brought into the graph for a request", labels=("model_name",)
+        )
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         requests = GaugeMetricFamily(
             "vllm:lora_requests_info", "Adapters of running and waiting requests", labels=labels
         )
         loras = [(s.name, s.model.lora, s.spec.lora) for s in self._models.served]
         max_loras, shown = 0, 0
-        for _, lora, config in loras:
+        for name, lora, config in loras:
             if lora is None or config is None:
                 continue
+            brought_in.add_metric((name,), lora.graphs.brought_in)
             max_loras += config.options.max_loras
             for card in lora.cards():
                 if not card.components and shown < MAX_LABELS:
@@ -127,6 +131,7 @@ class _Runtimes(Collector):
             states = (self._metrics.running, self._metrics.waiting)
             requests.add_metric((str(max_loras), *map(_listed, states)), time.time())
         yield resident
+        yield brought_in
         yield requests
         yield from _downloads(lora.loading_path for _, lora, _ in loras if lora is not None)
 

@@ -164,7 +164,7 @@ def test_a_resident_is_not_written_again() -> None:
         each = sequence(("a", 1.0))
         place.acquire(each)
         place.release(each)
-    assert place.loads == 1
+    assert place.brought_in == 1
 
 
 def test_a_base_sequence_needs_no_tiles() -> None:

@@ -216,6 +216,7 @@ async def test_metrics(adapted: Served) -> None:
     assert float(values['ovms_lora_tokens_total{adapter="sql",kind="prompt"}']) >= 5
     assert float(values['ovms_lora_tokens_total{adapter="sql",kind="generation"}']) >= 12
     assert values['ovms_lora_resident{adapter="sql"}'] == "1.0"
+    assert float(values['ovms_lora_brought_in_total{model_name="base"}']) >= 1
     assert float(values['ovms_lora_loads_total{adapter="_other",result="error"}']) >= 1
     assert "ovms_lora_load_seconds_count" in values
     assert any(line.startswith('vllm:lora_requests_info{max_lora="8",running_lora_adapters=""') for line in values)

@@ -42,6 +42,7 @@ NAMES: list[tuple[str, set[str], bool]] = [
     ("ovms_lora_requests_total", {"adapter"}, True),
     ("ovms_lora_tokens_total", {"adapter", "kind"}, True),
     ("ovms_lora_resident", {"adapter"}, True),
+    ("ovms_lora_brought_in_total", {"model_name"}, True),
     ("ovms_lora_loads_total", {"adapter", "result"}, True),
     ("ovms_lora_load_seconds_count", set(), True),
 ]
