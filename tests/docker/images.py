@@ -118,10 +118,11 @@ class Images:
         shutil.rmtree(base)
         self._base_size = _layer_bytes(self._inspect(_BASE))
 
-    def build(self, dockerfile: str) -> Image:
+    def build(self, dockerfile: str, **arguments: str) -> Image:
         """Build one of the repository's images on that base, with the words of `IMAGE_BUILD_OPTIONS`."""
-        tag = f"localhost/{Path(dockerfile).name.lower()}:test"
+        tag = f"localhost/{Path(dockerfile).name.lower()}:{'-'.join(('test', *arguments.values()))}"
         flags = ["--format=docker", "--isolation=chroot", f"--build-arg=BASE_IMAGE={_BASE}", f"--tag={tag}"]
+        flags += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         options = shlex.split(os.environ.get("IMAGE_BUILD_OPTIONS", ""))
         self._buildah("build", *flags, *options, f"--file={ROOT / dockerfile}", str(ROOT))
         about = self._inspect(tag)

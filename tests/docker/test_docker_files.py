@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def test_what_the_context_leaves_out_is_not_copied(name: str) -> None:
     assert "*" in lines
     for word, rest in instructions(name):
         if word == "COPY" and not rest.startswith("--from="):
-            for source in rest.split()[:-1]:
+            sources = [rest.replace("${PACKAGES}", packages).split()[:-1] for packages in ("serve", "ray")]
+            for source in chain.from_iterable(sources):
                 assert (ROOT / source).exists()
                 assert any(source == path or source.startswith(f"{path}/") for path in kept), source
 
@@ -89,7 +91,7 @@ def test_packages_come_from_the_locks_with_hashes(name: str) -> None:
                 locked = "--require-hashes" in command or "--no-index" in command
                 assert locked or command.rstrip().endswith('"${TORCH}"'), command
                 lists += re.findall(r"-r /(\S+)", command)
-    wanted = "requirements/serve.txt" if name == "Dockerfile" else "requirements/export.txt"
+    wanted = "requirements/${PACKAGES}.txt" if name == "Dockerfile" else "requirements/export.txt"
     assert lists == ["requirements/build.txt", wanted]
 
 

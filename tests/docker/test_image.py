@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -104,6 +105,18 @@ def test_a_package_is_not_in_it(image: Image, package: str) -> None:
 @pytest.mark.parametrize("tool", ["cc", "gcc", "c++", "make", "git", "curl"])
 def test_a_tool_is_not_in_it(image: Image, tool: str) -> None:
     assert [folder for folder in ("usr/bin", "usr/local/bin") if (image.root / folder / tool).exists()] == []
+
+
+def test_another_list_of_packages_has_ray_and_the_libraries_of_object_stores(images: Images) -> None:
+    image = images.build("docker/Dockerfile", PACKAGES="ray")
+    (packages,) = (image.root / "opt/ovms-lora/lib").glob("python3*/site-packages")
+    wanted = {"ovms_lora", "ray", "s3fs", "gcsfs", "adlfs"}
+    assert wanted <= {path.name for path in packages.iterdir()}
+    assert not (packages / "torch").exists()
+    check = [*image.enter(), "/opt/ovms-lora/bin/ovms-lora", "check", "s3://nobodys-bucket/sql"]
+    asked = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert (asked.returncode, "ImportError" in asked.stderr) == (1, False), asked.stderr
+    assert "cannot be read now" in asked.stderr
 
 
 def test_nothing_of_the_build_is_left(image: Image) -> None:
