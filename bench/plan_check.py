@@ -1,31 +1,33 @@
-"""Is `ovms-lora plan` right? Three real replicas under Poisson traffic, adapters by Zipf's law, and their simulation.
+"""Is `ovms-lora plan` right? Three real replicas on Ray Serve under Poisson traffic, and their simulation.
 
-python -m bench.plan_check [--model smollm2] [--seconds 150] [--load 0.25]
+python -m bench.plan_check [--model smollm2] [--seconds 400] [--load 0.15]
 
-Each replica is a process with an engine of one thread; the router in front sends by the same policy as `ovms-lora ray`.
-The profile is measured in the same run, in turns with the traffic, on one replica while the others have as much to do
-as in the traffic: where three replicas share two cores each is slower than alone, and machines change their speed.
-Then the very requests that were served are simulated.
+The replicas of `ovms-lora ray` have one thread each, and adapters are popular by Zipf's law. The profile is measured in
+the same run, in turns with the traffic: on an engine of its own, while two of three replicas have as much to do as in
+the traffic. Where replicas share cores each is slower than alone, and machines change their speed. Then the very
+requests that were served are simulated. The first two turns fill empty caches and are not compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import itertools
+import statistics
 import sys
 import tempfile
 import time
-from collections import deque
-from dataclasses import asdict
-from multiprocessing.connection import wait
 from pathlib import Path
 
+import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.models import CACHE, MODELS, tiny
-from bench.replica_process import Ended, ReplicaProcess, ReplicaSetup
+from bench.replica_process import ReplicaProcess, ReplicaSetup
 from bench.replica_profile import Extent, mean_profile, write_adapters
 from bench.results import write_results
+from bench.served import running, write_config
+from bench.streams import Ask, stream_all, streaming
 from bench.timed_engine import Asked
 from ovms_lora.scale.plan.outcome import Outcome
 from ovms_lora.scale.plan.popularity import Popularity
@@ -34,172 +36,170 @@ from ovms_lora.scale.plan.replica_profile import ReplicaProfile
 from ovms_lora.scale.plan.simulation import Routing, Simulated, simulate
 from ovms_lora.scale.plan.token_lengths import TokenLengths
 from ovms_lora.scale.plan.workload import BASE, Traffic, Workload
-from ovms_lora.scale.routing_policy import KnownReplicas, ReplicaState, choose
 
 _REPLICAS = 3
+_PROCESSORS = 0.5  # that Ray reserves for each: three go on two cores, and each computes in one thread
 _ADAPTERS = 24
 _RANK = 8
-_TURNS = 4
+_LIMITS = ReplicaLimits(max_loras=4, max_cpu_loras=8, total_rank=4 * _RANK, max_num_seqs=8, max_ongoing_requests=8)
+_EXTENT = Extent(max_rows=8, max_adapters=4, rank=_RANK, tokens=32, rounds=1)
+_TURNS = 10
+_WARM_TURNS = 2  # as many requests as the planner leaves out
+_LONGEST_SECONDS = 600.0  # that a profile takes
+_SEED_BESIDE = 1_000_003
+_ALONE = 12
+_IDLE_SECONDS = 0.2
 _TOLERANCE = 0.25
 
+_BROUGHT_IN = "ovms_lora_brought_in_total"
+_AT_WORK = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
-class LiveRouter:
-    """Sends requests to real replicas at their times, by the policy, and keeps those that find no room."""
 
-    def __init__(self, replicas: list[ReplicaProcess], limits: ReplicaLimits, traffic: Traffic) -> None:
-        self._replicas, self._limits, self._traffic = replicas, limits, traffic
-        self._rng, self._prompts = random.Random(0), np.random.default_rng()
-        self._queue: deque[int] = deque()
-        self._ongoing: list[dict[str, str]] = [{} for _ in replicas]  # request → alias
-        self._resident: list[frozenset[str]] = [frozenset() for _ in replicas]
-        self._record = Record.of(len(traffic.arrivals))
-        self._begin = 0.0
+class Fleet:
+    """The replicas, behind one address."""
 
-    def run(self, requests: range) -> None:
-        """Serve some of the traffic, and wait for its last answer."""
-        self._begin = time.perf_counter() - self._traffic.arrivals[requests.start]
-        for request in requests:
-            while (left := self._begin + self._traffic.arrivals[request] - time.perf_counter()) > 0:
-                self._listen(left)
-            self._queue.append(request)
-            self._send()
-        while self._queue or any(self._ongoing):
-            self._listen(None)
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._rng = np.random.default_rng()  # prompts that no prefix cache has seen
 
     @property
-    def served(self) -> Simulated:
-        """What became of it all, in the simulation's form; how busy replicas were is not known."""
-        return Simulated(self._traffic, self._record, [0.0] * len(self._replicas), queued=0)
+    def url(self) -> str:
+        """Where completions are asked for."""
+        return f"{self._url}/v1"
 
-    def run_beside(self, measured: ReplicaProcess, extent: Extent) -> ReplicaProfile:
-        """Serve traffic until another replica has measured its profile."""
-        self._begin = time.perf_counter()
-        measured.send(extent)
-        for request, arrival in enumerate(self._traffic.arrivals):
-            while (left := self._begin + arrival - time.perf_counter()) > 0 and not measured.connection.poll():
-                self._listen(min(left, 0.05))
-            if measured.connection.poll():
-                break
-            self._queue.append(request)
-            self._send()
-        profile = measured.receive()
-        assert isinstance(profile, ReplicaProfile), "it has nothing else to say"
-        self._queue.clear()
-        while any(self._ongoing):
-            self._listen(None)
-        return profile
-
-    def _listen(self, seconds: float | None) -> None:
-        """Wait for answers, at most so long, and note them."""
-        by_connection = {id(replica.connection): number for number, replica in enumerate(self._replicas)}
-        for ready in wait([replica.connection for replica in self._replicas], seconds):
-            number = by_connection[id(ready)]
-            ended = self._replicas[number].receive()
-            assert isinstance(ended, Ended), "these measure nothing"
-            self._resident[number] = frozenset(ended.resident)
-            del self._ongoing[number][ended.answer.name]
-            request = int(ended.answer.name)
-            self._record.first[request] = ended.answer.first - self._begin
-            self._record.done[request] = ended.answer.last - self._begin
-            self._record.tiers[request] = ended.answer.tier
-        self._send()
-
-    def _send(self) -> None:
-        while self._queue:
-            request = self._queue[0]
-            adapter = self._traffic.adapters[request]
-            alias = None if adapter == BASE else f"a{adapter}"
-            chosen = choose(KnownReplicas(self._states()), alias, self._rng)
-            if chosen is None:
-                return
-            self._queue.popleft()
-            number = int(chosen.replica_id)
-            self._ongoing[number][str(request)] = alias or ""
-            prompt = tuple(self._prompts.integers(10, 250, self._traffic.prompts[request]).tolist())
-            self._replicas[number].send(Asked(str(request), prompt, alias, self._traffic.outputs[request]))
-
-    def _states(self) -> list[ReplicaState]:
+    def asks(self, traffic: Traffic, requests: range) -> list[Ask]:
+        """Return some of the traffic, from its first request on."""
+        begin = traffic.arrivals[requests.start]
         return [
-            ReplicaState(
-                str(number), resident | set(ongoing.values()) - {""}, len(ongoing), self._limits.max_ongoing_requests
+            Ask(
+                traffic.arrivals[number] - begin,
+                self._body(traffic.adapters[number], traffic.prompts[number], traffic.outputs[number]),
             )
-            for number, (resident, ongoing) in enumerate(zip(self._resident, self._ongoing, strict=True))
+            for number in requests
         ]
+
+    def serve(self, traffic: Traffic, requests: range, record: Record) -> int:
+        """Serve some of the traffic and note its times; return how many adapters were brought into a graph for it."""
+        before, asks = self._sum(_BROUGHT_IN), self.asks(traffic, requests)
+        for number, ask, stream in zip(requests, asks, stream_all(self.url, asks), strict=True):
+            if stream.status != 200:
+                raise SystemExit(f"error: a request was answered with status {stream.status}")
+            record.first[number] = traffic.arrivals[number] + stream.times[0] - ask.at
+            record.done[number] = traffic.arrivals[number] + stream.times[-1] - ask.at
+        return self._sum(_BROUGHT_IN) - before
+
+    def first_token(self, tokens: int) -> float:
+        """Return the seconds to the first token of a request alone."""
+        (stream,) = stream_all(self.url, [Ask(0.0, self._body(BASE, tokens, 1))])
+        return stream.ttft
+
+    def wait_until_idle(self) -> None:
+        """Return when nothing runs."""
+        while self._sum(*_AT_WORK):
+            time.sleep(_IDLE_SECONDS)
+
+    def _body(self, adapter: int, prompt: int, output: int) -> dict[str, object]:
+        return {
+            "model": "base" if adapter == BASE else f"a{adapter}",
+            "prompt": self._rng.integers(10, 250, prompt).tolist(),
+            "max_tokens": output,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+
+    def _sum(self, *names: str) -> int:
+        families = text_string_to_metric_families(httpx.get(f"{self._url}/metrics", timeout=60, trust_env=False).text)
+        return int(sum(sample.value for family in families for sample in family.samples if sample.name in names))
 
 
 def seconds_of_one(replica: ReplicaProcess, workload: Workload) -> float:
     """Return how long a replica alone takes for a request of mean length, when nothing disturbs it."""
-    rng = np.random.default_rng()
-    seconds = []
-    for number in range(12):
-        prompt = tuple(rng.integers(10, 250, round(workload.prompts.mean)).tolist())
-        replica.send(Asked(str(number), prompt, "a0", round(workload.outputs.mean)))
-        ended = replica.receive()
-        assert isinstance(ended, Ended), "nothing is measured"
-        seconds.append(ended.answer.last - ended.answer.begin)
-    return min(seconds)
+    prompt, output = round(workload.prompts.mean), round(workload.outputs.mean)
+    answers = [replica.ask(_asked(prompt, "a0", output)) for _ in range(_ALONE)]
+    return min(answer.last - answer.begin for answer in answers)
 
 
-def compare(real: Outcome, simulated: Outcome) -> dict[str, tuple[float, float]]:
-    """Return what was measured and what was predicted, by name."""
+def overhead(fleet: Fleet, replica: ReplicaProcess, tokens: int) -> float:
+    """Return what HTTP and routing add to the first token of a request, when nothing else runs."""
+    through = [fleet.first_token(tokens) for _ in range(_ALONE)]
+    answers = [replica.ask(_asked(tokens, None, 1)) for _ in range(_ALONE)]
+    return max(0.0, statistics.median(through) - statistics.median(answer.first - answer.begin for answer in answers))
 
-    def numbers(of: Outcome) -> dict[str, float]:
-        return {
-            "tokens/s": of.tokens_per_second,
-            "adapter in the graph": of.hits.resident,
-            "first token p50": of.ttft.p50,
-            "first token p95": of.ttft.p95,
-            "whole answer p50": of.e2e.p50,
-            "whole answer p95": of.e2e.p95,
-        }
 
-    predicted = numbers(simulated)
-    return {name: (value, predicted[name]) for name, value in numbers(real).items()}
+def _asked(prompt: int, adapter: str | None, output: int) -> Asked:
+    ids = tuple(np.random.default_rng().integers(10, 250, prompt).tolist())
+    return Asked("alone", ids, adapter, output)
+
+
+def numbers(outcome: Outcome, hits: float) -> dict[str, float]:
+    """Return what is compared, by name; `hits` is the share of the requests whose adapter was in the graph."""
+    return {
+        "tokens/s": outcome.tokens_per_second,
+        "adapter in the graph": hits,
+        "first token p50": outcome.ttft.p50,
+        "first token p95": outcome.ttft.p95,
+        "whole answer p50": outcome.e2e.p50,
+        "whole answer p95": outcome.e2e.p95,
+    }
 
 
 def check(model: Path, folder: Path, *, seconds: float, load: float, seed: int) -> dict[str, object]:
     """Measure, simulate, print; return all numbers."""
-    limits = ReplicaLimits(4, 8, 4 * _RANK, max_num_seqs=4, max_ongoing_requests=4)
-    extent = Extent(max_rows=4, max_adapters=4, rank=_RANK, tokens=32, rounds=2)
-    adapters = write_adapters(folder, model, _ADAPTERS, rank=extent.rank)
-    replicas = [ReplicaProcess(ReplicaSetup(model, adapters, limits, extent)) for _ in range(_REPLICAS)]
-    try:
-        for replica in replicas:
-            replica.wait_until_ready()
-        _say("replicas are ready")
-        popularity = Popularity.zipf(_ADAPTERS, 1.0, rank=extent.rank)
-        lengths = TokenLengths.parse("", "16-64"), TokenLengths.parse("", "8-56")
-        workload = Workload(1.0, popularity, *lengths, base_share=0.1)
-        rate = load * _REPLICAS / seconds_of_one(replicas[0], workload)
-        traffic = Workload(rate, popularity, *lengths, base_share=0.1).draw(round(rate * seconds), seed)
-        beside = Workload(rate * 2 / 3, popularity, *lengths, base_share=0.1).draw(100_000, seed + 1)
+    adapters = write_adapters(folder, model, _ADAPTERS, rank=_RANK)
+    config = write_config(folder, model, adapters, max_loras=_LIMITS.max_loras, max_cpu_loras=_LIMITS.max_cpu_loras)
+    flags = ("--config_path", str(config), "--num_replicas", str(_REPLICAS), "--num_cpus", str(_PROCESSORS))
+    room = ("--target_ongoing_requests", str(_LIMITS.max_ongoing_requests))
+    with running("ray", *flags, *room) as ray, ReplicaProcess(ReplicaSetup(model, adapters, _LIMITS)) as replica:
+        fleet = Fleet(ray.url)
+        one = seconds_of_one(replica, _workload(1.0))
+        rate = load * _REPLICAS / one
+        traffic = _workload(rate).draw(round(rate * seconds), seed)
         _say(f"{len(traffic.arrivals)} requests, {rate:.2f} a second, on {_REPLICAS} replicas of one thread")
-        live = LiveRouter(replicas, limits, traffic)
-        profiles = []
-        for part in np.array_split(np.arange(len(traffic.arrivals)), _TURNS):
-            profiles.append(LiveRouter(replicas[1:], limits, beside).run_beside(replicas[0], extent))
-            live.run(range(part[0], part[-1] + 1))
-    finally:
-        for replica in replicas:
-            replica.stop()
+        record, turns = Record.of(len(traffic.arrivals)), _turns(len(traffic.arrivals))
+        brought_in, profiles = [], []
+        for requests in turns:
+            profiles.append(measured(fleet, replica, rate * (_REPLICAS - 1) / _REPLICAS))
+            brought_in.append(fleet.serve(traffic, requests, record))
+            _say(f"{requests.stop} are served")
     profile = mean_profile(profiles)
-    simulated = simulate(profile, limits, traffic, replicas=_REPLICAS, routing=Routing.AFFINITY, seed=seed)
-    outcomes = [
-        Outcome.of(each, Routing.AFFINITY, capacity=_REPLICAS * limits.max_ongoing_requests, overhead=0.0)
-        for each in (live.served, simulated)
-    ]
-    rows = compare(*outcomes)
-    for name, (measured, predicted) in rows.items():
-        print(f"{name:22s} measured {measured:8.3f}  predicted {predicted:8.3f}  {predicted / measured - 1:+6.1%}")
+    simulated = simulate(profile, _LIMITS, traffic, replicas=_REPLICAS, routing=Routing.AFFINITY, seed=seed)
+    served = Simulated(traffic, record, [0.0] * _REPLICAS, queued=0)  # how busy they were is not known
+    real, predicted = (
+        Outcome.of(each, Routing.AFFINITY, capacity=_REPLICAS * _LIMITS.max_ongoing_requests, overhead=added)
+        for each, added in ((served, 0.0), (simulated, profile.overhead_seconds))
+    )
+    with_adapter = sum(adapter != BASE for adapter in traffic.adapters[turns[_WARM_TURNS].start :])
+    found = numbers(real, 1 - sum(brought_in[_WARM_TURNS:]) / with_adapter)
+    expected = numbers(predicted, predicted.hits.resident)
+    for name, value in found.items():
+        print(f"{name:22s} measured {value:8.3f}  predicted {expected[name]:8.3f}  {expected[name] / value - 1:+6.1%}")
     return {
         "model": model.name,
         "rate": rate,
         "requests": len(traffic.arrivals),
-        "rows": {name: {"measured": a, "predicted": b} for name, (a, b) in rows.items()},
-        "measured": asdict(outcomes[0]),
-        "predicted": asdict(outcomes[1]),
+        "rows": {name: {"measured": value, "predicted": expected[name]} for name, value in found.items()},
         "profile": profile.model_dump(mode="json"),
     }
+
+
+def measured(fleet: Fleet, replica: ReplicaProcess, rate: float) -> ReplicaProfile:
+    """Return the profile of a replica beside traffic at the others, and what Serve adds to a first token."""
+    added = overhead(fleet, replica, round(_workload(rate).prompts.mean))
+    beside = _workload(rate).draw(round(rate * _LONGEST_SECONDS), seed=_SEED_BESIDE)
+    with streaming(fleet.url, fleet.asks(beside, range(len(beside.arrivals)))):
+        profile = replica.measure(_EXTENT)
+    fleet.wait_until_idle()
+    return profile.model_copy(update={"overhead_seconds": added})
+
+
+def _workload(rate: float) -> Workload:
+    popularity = Popularity.zipf(_ADAPTERS, 1.0, rank=_RANK)
+    return Workload(rate, popularity, TokenLengths.parse("", "16-64"), TokenLengths.parse("", "8-56"), base_share=0.1)
+
+
+def _turns(requests: int) -> list[range]:
+    bounds = [requests * turn // _TURNS for turn in range(_TURNS + 1)]
+    return [range(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def _tiny() -> Path:
@@ -216,8 +216,8 @@ def main() -> int:
     """Check, write the result, and return 1 when a prediction is off by more than a quarter."""
     parser = argparse.ArgumentParser(prog="python -m bench.plan_check", description=__doc__)
     parser.add_argument("--model", default="smollm2", help=f"a model folder, or tiny, {', '.join(MODELS)}")
-    parser.add_argument("--seconds", type=float, default=150.0, help="of traffic")
-    parser.add_argument("--load", type=float, default=0.25, help="of what replicas do that answer one at a time")
+    parser.add_argument("--seconds", type=float, default=400.0, help="of traffic")
+    parser.add_argument("--load", type=float, default=0.15, help="of what replicas do that answer one at a time")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     known = {"tiny": _tiny, **MODELS}

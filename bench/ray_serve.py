@@ -16,18 +16,18 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bench.models import smollm2
 from bench.results import write_results
+from bench.served import running
 from bench.workload import prompts
 
 _VOCABULARY = 1000
@@ -137,22 +137,12 @@ def _ask(port: int, prompt: list[int], tokens: int, *, stream: bool) -> float:
 @contextmanager
 def _up(verb: str, *flags: str) -> Iterator[_Up]:
     """Run a command of `ovms-lora` in processes of its own."""
-    command = [sys.executable, "-m", "ovms_lora.cli", verb, "--model_path", str(smollm2()), "--model_name", "m", *flags]
-    process = subprocess.Popen([*command, "--rest_port", "0"], stderr=subprocess.PIPE, text=True)
-    assert process.stderr, "piped"
-    try:
-        ready = next((line for line in process.stderr if line.startswith("ready: ")), None)
-        if ready is None:
-            raise SystemExit(f"error: ovms-lora {verb} did not start")
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that it never waits for a reader
-        up = _Up(int(ready.split()[1].rsplit(":", 1)[1]), process.pid)
+    with running(verb, "--model_path", str(smollm2()), "--model_name", "m", *flags) as server:
+        up = _Up(urlsplit(server.url).port or 0, server.pid)
         try:
             yield up
         finally:
             up.send(signal.SIGCONT)
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def _tree(pid: int) -> list[int]:

@@ -136,6 +136,7 @@ def mean_profile(profiles: Sequence[ReplicaProfile]) -> ReplicaProfile:
             "prefill": mean(profile.prefill for profile in profiles),
             "bring_in_seconds": statistics.fmean(profile.bring_in_seconds for profile in profiles),
             "load_seconds": statistics.fmean(profile.load_seconds for profile in profiles),
+            "overhead_seconds": statistics.fmean(profile.overhead_seconds for profile in profiles),
         }
     )
 

@@ -1,4 +1,4 @@
-"""`ovms-lora serve` as a process, for measurements over HTTP."""
+"""`ovms-lora serve` and `ovms-lora ray` as processes, for measurements over HTTP."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,16 +18,31 @@ from bench.models import ROOT
 _STOP_SECONDS = 60
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that is ready: its address, and its first process."""
+
+    url: str
+    pid: int
+
+
 @contextmanager
 def served(*arguments: str) -> Iterator[str]:
     """Serve in a process of its own; yield the address when it is ready."""
-    command = [sys.executable, "-m", "ovms_lora.cli", "serve", "--rest_port", "0", "--log_level", "INFO", *arguments]
+    with running("serve", *arguments) as server:
+        yield server.url
+
+
+@contextmanager
+def running(verb: str, *arguments: str) -> Iterator[Running]:
+    """Run a verb of `ovms-lora` that serves, in processes of its own; end it after that."""
+    command = [sys.executable, "-m", "ovms_lora.cli", verb, "--rest_port", "0", "--log_level", "INFO", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr, "piped"
         log = _Log(process.stderr)
         log.start()
         try:
-            yield log.address()
+            yield Running(log.address(), process.pid)
         finally:
             process.terminate()
             process.wait(_STOP_SECONDS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -48,9 +49,31 @@ class Stream:
 
 def stream_all(url: str, asks: Sequence[Ask]) -> list[Stream]:
     """Have a process of its own stream all asks from `url`/completions; return what became of each, in their order."""
+    with _client(url, asks) as client:
+        assert client.stdout, "piped"
+        said = client.stdout.read()
+    if client.returncode:
+        raise SystemExit("error: the client of the measurement failed")
+    return [Stream(**stream) for stream in json.loads(said)]
+
+
+@contextmanager
+def streaming(url: str, asks: Sequence[Ask]) -> Iterator[None]:
+    """Stream asks in the background until the end of the block; what is not answered by then is left."""
+    with _client(url, asks) as client:
+        try:
+            yield
+        finally:
+            client.kill()
+
+
+def _client(url: str, asks: Sequence[Ask]) -> subprocess.Popen[str]:
     parts = urlsplit(f"{url.rstrip('/')}/completions")
     sent = [{"at": ask.at, "body": ask.body} for ask in asks]
     job = {"host": parts.hostname, "port": parts.port or 80, "path": parts.path, "asks": sent}
     command = [sys.executable, "-m", "bench.stream_client"]
-    done = subprocess.run(command, input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    return [Stream(**found) for found in json.loads(done.stdout)]
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert client.stdin, "piped"
+    json.dump(job, client.stdin)
+    client.stdin.close()
+    return client

@@ -20,8 +20,6 @@ from ovms_lora.core.sampling_params import SamplingParams
 from ovms_lora.engine.lora_config import AdapterSpec, LoraConfig
 from ovms_lora.engine.lora_runtime import LoraRuntime
 from ovms_lora.engine.model import LoadedModel, load_model
-from ovms_lora.engine.sequence import Sequence
-from ovms_lora.scale.plan.adapter_tiers import Tier
 
 _LOADING_THREADS = 32  # as the server has
 
@@ -38,13 +36,12 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """When a request was handed in, had its first token, and its last; where its adapter was."""
+    """When a request was handed in, had its first token, and its last."""
 
     name: str
     begin: float
     first: float
     last: float
-    tier: Tier
 
 
 class TimedEngine:
@@ -63,7 +60,6 @@ class TimedEngine:
         specs = tuple(AdapterSpec(alias, folder) for alias, folder in adapters.items())
         self._ended = ended
         self._times: dict[str, tuple[float, float]] = {}
-        self._tiers: dict[str, Tier] = {}
         self._loading = ThreadPoolExecutor(_LOADING_THREADS)
         self.adapters = adapters
         self.model: LoadedModel = load_model(
@@ -74,18 +70,12 @@ class TimedEngine:
             overrides=engine_options,
             lora=LoraConfig(LoraOptions(**lora_options), adapters=specs),
         )
-        self._watch_residency()
 
     @property
     def lora(self) -> LoraRuntime:
         """Its adapters."""
         assert self.model.lora, "loaded with adapters"
         return self.model.lora
-
-    @property
-    def resident(self) -> tuple[str, ...]:
-        """The aliases in the graph."""
-        return tuple(card.alias for card in self.lora.cards() if card.resident)
 
     def host_adapter(self, alias: str) -> Adapter:
         """Return an adapter's arrays."""
@@ -107,32 +97,10 @@ class TimedEngine:
         self.model.engine.stop()
 
     def _submit(self, asked: Asked, begin: float) -> None:
-        self._tiers[asked.name] = Tier.BASE
-        if asked.adapter:
-            self._tiers[asked.name] = Tier.RESIDENT if self._in_memory(asked.adapter) else Tier.DISK
         uses = self.lora.select(asked.adapter) if asked.adapter else ()
         sampling = SamplingParams(temperature=0, max_tokens=asked.tokens, ignore_eos=True)
         self._times[asked.name] = (begin, 0.0)
         self.model.engine.submit(GenerationRequest(asked.name, asked.prompt, sampling, uses))
-
-    def _in_memory(self, alias: str) -> bool:
-        store = self.lora.store
-        return store._in_host(store.registered[alias].digest) is not None
-
-    def _watch_residency(self) -> None:
-        """Note of each sequence whether its adapter was in the graph when it was admitted."""
-        residency = self.lora.graphs.residency
-        acquire = residency.acquire
-
-        def watched(sequence: Sequence) -> bool:
-            missing = {use.digest for use in sequence.request.adapters} - set(residency.resident)
-            acquired = acquire(sequence)
-            if acquired and missing:
-                name = sequence.request.request_id
-                self._tiers[name] = max(self._tiers[name], Tier.HOST)
-            return acquired
-
-        residency.acquire = watched  # type: ignore[method-assign]
 
     def _deliver(self, outputs: Iterable[SequenceOutput]) -> None:
         now = time.perf_counter()
@@ -144,7 +112,7 @@ class TimedEngine:
             self._times[output.request_id] = (begin, first)
             if output.finished:
                 del self._times[output.request_id]
-                self._ended(Answered(output.request_id, begin, first, now, self._tiers.pop(output.request_id)))
+                self._ended(Answered(output.request_id, begin, first, now))
 
 
 class Waiter:
