@@ -3,9 +3,10 @@
 python -m bench.plan_check [--model smollm2] [--seconds 400] [--load 0.15]
 
 The replicas of `ovms-lora ray` have one thread each, and adapters are popular by Zipf's law. The profile is measured in
-the same run, in turns with the traffic: on an engine of its own, while two of three replicas have as much to do as in
+the same run, in turns with the traffic: on an engine of its own, while the replicas have two thirds as much to do as in
 the traffic. Where replicas share cores each is slower than alone, and machines change their speed. Then the very
-requests that were served are simulated. The first two turns fill empty caches and are not compared.
+requests that were served are simulated. More than eight at once in one replica, which the simulation does not know,
+come up only where the load is higher. The first two turns fill empty caches and are not compared.
 """
 
 from __future__ import annotations
@@ -105,11 +106,17 @@ class Fleet:
             "max_tokens": output,
             "temperature": 0,
             "ignore_eos": True,
+            "logprobs": 0,  # an event for each token, also for one that is no text yet
         }
 
     def _sum(self, *names: str) -> int:
-        families = text_string_to_metric_families(httpx.get(f"{self._url}/metrics", timeout=60, trust_env=False).text)
-        return int(sum(sample.value for family in families for sample in family.samples if sample.name in names))
+        """Return the sum over all replicas. Raises SystemExit when not all of them tell theirs."""
+        answer = httpx.get(f"{self._url}/metrics", timeout=60, trust_env=False).raise_for_status()
+        families = text_string_to_metric_families(answer.text)
+        samples = [sample for family in families for sample in family.samples if sample.name in names]
+        if len({sample.labels["replica"] for sample in samples}) != _REPLICAS:
+            raise SystemExit("error: not all replicas tell their metrics")
+        return int(sum(sample.value for sample in samples))
 
 
 def seconds_of_one(replica: ReplicaProcess, workload: Workload) -> float:
@@ -183,7 +190,7 @@ def check(model: Path, folder: Path, *, seconds: float, load: float, seed: int) 
 
 
 def measured(fleet: Fleet, replica: ReplicaProcess, rate: float) -> ReplicaProfile:
-    """Return the profile of a replica beside traffic at the others, and what Serve adds to a first token."""
+    """Return the profile of an engine beside traffic at the replicas, and what Serve adds to a first token."""
     added = overhead(fleet, replica, round(_workload(rate).prompts.mean))
     beside = _workload(rate).draw(round(rate * _LONGEST_SECONDS), seed=_SEED_BESIDE)
     with streaming(fleet.url, fleet.asks(beside, range(len(beside.arrivals)))):

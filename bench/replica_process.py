@@ -15,6 +15,7 @@ from ovms_lora.scale.plan.replica import ReplicaLimits
 from ovms_lora.scale.plan.replica_profile import ReplicaProfile
 
 _STOP_SECONDS = 30
+_ANSWER_SECONDS = 900
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class ReplicaSetup:
 
 
 class ReplicaProcess:
-    """Ready when it is made. Its methods block, and raise EOFError when the process has died."""
+    """Ready when it is made. Its methods block; EOFError says that the process has died, TimeoutError that it hangs."""
 
     def __init__(self, setup: ReplicaSetup) -> None:
         context = multiprocessing.get_context("spawn")
@@ -35,7 +36,7 @@ class ReplicaProcess:
         self._process = context.Process(target=_run, args=(other, setup), daemon=True)
         self._process.start()
         other.close()
-        assert self._connection.recv() == "ready"
+        assert self._said() == "ready"
 
     def __enter__(self) -> ReplicaProcess:
         return self
@@ -47,20 +48,26 @@ class ReplicaProcess:
         self._process.join(_STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
+            self._process.join()
 
     def ask(self, asked: Asked) -> Answered:
         """Have one request answered."""
         self._connection.send(asked)
-        answer = self._connection.recv()
+        answer = self._said()
         assert isinstance(answer, Answered), "what was asked for"
         return answer
 
     def measure(self, extent: Extent) -> ReplicaProfile:
         """Have the profile measured."""
         self._connection.send(extent)
-        profile = self._connection.recv()
+        profile = self._said()
         assert isinstance(profile, ReplicaProfile), "what was asked for"
         return profile
+
+    def _said(self) -> object:
+        if not self._connection.poll(_ANSWER_SECONDS):
+            raise TimeoutError("the engine that is measured does not answer")
+        return self._connection.recv()
 
 
 def _run(connection: Connection, setup: ReplicaSetup) -> None:
@@ -83,5 +90,7 @@ def _run(connection: Connection, setup: ReplicaSetup) -> None:
             else:
                 engine.submit(asked)
                 connection.send(answers.all(1)[0])
-    except EOFError:  # nobody asks any more
+    except (EOFError, OSError):  # nobody asks any more
+        pass
+    finally:
         engine.close()

@@ -45,8 +45,13 @@ def running(verb: str, *arguments: str) -> Iterator[Running]:
             yield Running(log.address(), process.pid)
         finally:
             process.terminate()
-            process.wait(_STOP_SECONDS)
-            log.join()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+            finally:
+                log.join(_STOP_SECONDS)
 
 
 def write_config(folder: Path, model: Path, adapters: Mapping[str, Path], **lora_options: Any) -> Path:

@@ -49,9 +49,13 @@ class Stream:
 
 def stream_all(url: str, asks: Sequence[Ask]) -> list[Stream]:
     """Have a process of its own stream all asks from `url`/completions; return what became of each, in their order."""
-    with _client(url, asks) as client:
+    with _client(url, asks, subprocess.PIPE) as client:
         assert client.stdout, "piped"
-        said = client.stdout.read()
+        try:
+            said = client.stdout.read()
+        except BaseException:
+            client.kill()
+            raise
     if client.returncode:
         raise SystemExit("error: the client of the measurement failed")
     return [Stream(**stream) for stream in json.loads(said)]
@@ -59,20 +63,25 @@ def stream_all(url: str, asks: Sequence[Ask]) -> list[Stream]:
 
 @contextmanager
 def streaming(url: str, asks: Sequence[Ask]) -> Iterator[None]:
-    """Stream asks in the background until the end of the block; what is not answered by then is left."""
-    with _client(url, asks) as client:
+    """Stream asks in the background until the end of the block; what is not answered by then is left.
+
+    Raises SystemExit when they came to an end before.
+    """
+    with _client(url, asks, subprocess.DEVNULL) as client:
         try:
             yield
+            if client.poll() is not None:
+                raise SystemExit("error: the requests in the background ended too early")
         finally:
             client.kill()
 
 
-def _client(url: str, asks: Sequence[Ask]) -> subprocess.Popen[str]:
+def _client(url: str, asks: Sequence[Ask], stdout: int) -> subprocess.Popen[str]:
     parts = urlsplit(f"{url.rstrip('/')}/completions")
     sent = [{"at": ask.at, "body": ask.body} for ask in asks]
     job = {"host": parts.hostname, "port": parts.port or 80, "path": parts.path, "asks": sent}
     command = [sys.executable, "-m", "bench.stream_client"]
-    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, text=True, cwd=ROOT)
     assert client.stdin, "piped"
     json.dump(job, client.stdin)
     client.stdin.close()

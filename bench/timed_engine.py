@@ -38,7 +38,6 @@ class Asked:
 class Answered:
     """When a request was handed in, had its first token, and its last."""
 
-    name: str
     begin: float
     first: float
     last: float
@@ -112,7 +111,7 @@ class TimedEngine:
             self._times[output.request_id] = (begin, first)
             if output.finished:
                 del self._times[output.request_id]
-                self._ended(Answered(output.request_id, begin, first, now))
+                self._ended(Answered(begin, first, now))
 
 
 class Waiter:
