@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -156,7 +157,8 @@ def check(model: Path, folder: Path, *, seconds: float, load: float, seed: int) 
     config = write_config(folder, model, adapters, max_loras=_LIMITS.max_loras, max_cpu_loras=_LIMITS.max_cpu_loras)
     flags = ("--config_path", str(config), "--num_replicas", str(_REPLICAS), "--num_cpus", str(_PROCESSORS))
     room = ("--target_ongoing_requests", str(_LIMITS.max_ongoing_requests))
-    with running("ray", *flags, *room) as ray, ReplicaProcess(ReplicaSetup(model, adapters, _LIMITS)) as replica:
+    measured_apart = ReplicaSetup(model, adapters, _LIMITS)
+    with running("ray", *flags, *room) as ray, closing(ReplicaProcess(measured_apart)) as replica:
         fleet = Fleet(ray.url)
         one = seconds_of_one(replica, _workload(1.0))
         rate = load * _REPLICAS / one

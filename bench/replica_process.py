@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 
 from bench.replica_profile import Extent, ReplicaMeter
 from bench.timed_engine import Answered, Asked, TimedEngine, Waiter
@@ -38,12 +37,8 @@ class ReplicaProcess:
         other.close()
         assert self._said() == "ready"
 
-    def __enter__(self) -> ReplicaProcess:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the process."""
         self._connection.close()
         self._process.join(_STOP_SECONDS)
         if self._process.is_alive():
